@@ -1,0 +1,1 @@
+"""A GPT on minitensor: text, tokens, model, training loop, checkpoints and sampling."""

@@ -1,0 +1,65 @@
+"""Cross-entropy of logits against class numbers, fused with the softmax, on (N, V).
+
+    loss_n = logsumexp(x_n) - x_n[target_n]              dx_nv = dloss_n (softmax(x_n)_v - [v = target_n])
+
+The forward pass keeps only logsumexp: the softmax is made again where it is needed.
+"""
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.check import check, check_integers
+from kernels.elementary import exp
+from kernels.embedding import check_range
+from kernels.jit import kernel, row_tasks
+from kernels.softmax import log_sum_exp
+
+
+def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray,
+                          ignore_index: int = -100) -> tuple[np.ndarray, np.ndarray]:
+    """logits (N, V), targets (N,) -> losses (N,) in nats, 0 where the target is ignore_index; logsumexp (N,)."""
+    check("cross_entropy_forward", "logits", logits, (None, None))
+    check_integers("cross_entropy_forward", "targets", targets, logits.shape[:1])
+    check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[1])
+    losses, norms = memory.empty(len(logits), logits.dtype), memory.empty(len(logits), logits.dtype)
+    _cross_entropy_forward(logits, targets, ignore_index, losses, norms, row_tasks(logits))
+    return losses, norms
+
+
+def cross_entropy_backward(dlosses: np.ndarray, logits: np.ndarray, targets: np.ndarray, norms: np.ndarray,
+                           ignore_index: int = -100) -> np.ndarray:
+    """dlogits (N, V), from dlosses (N,) and what the forward pass was given and gave."""
+    check("cross_entropy_backward", "logits", logits, (None, None))
+    check("cross_entropy_backward", "dlosses", dlosses, logits.shape[:1], like=logits)
+    check("cross_entropy_backward", "norms", norms, logits.shape[:1], like=logits)
+    check_integers("cross_entropy_backward", "targets", targets, logits.shape[:1])
+    check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[1])
+    dlogits = memory.empty(logits.shape, logits.dtype)
+    _cross_entropy_backward(dlosses, logits, targets, norms, ignore_index, dlogits, row_tasks(logits))
+    return dlogits
+
+
+@kernel
+def _cross_entropy_forward(logits, targets, ignore_index, losses, norms, tasks):
+    rows = len(logits)
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            x = logits[i]
+            norms[i] = log_sum_exp(x)
+            losses[i] = norms[i] - x[targets[i]] if targets[i] != ignore_index else x.dtype.type(0)
+
+
+@kernel
+def _cross_entropy_backward(dlosses, logits, targets, norms, ignore_index, dlogits, tasks):
+    rows, width = logits.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            x, dx, norm, dloss = logits[i], dlogits[i], norms[i], dlosses[i]
+            if targets[i] == ignore_index:
+                dx[:] = 0
+            else:
+                for j in range(width):
+                    dx[j] = dloss * exp(x[j] - norm)
+                dx[targets[i]] -= dloss

@@ -1,0 +1,62 @@
+"""Rows of a table by number, and the gradient scattered back.
+
+    y_n = weight[ids_n]                  dweight[v] = Σ over n with ids_n = v of dy_n
+
+The sum runs over n in order for every v: tasks share out columns, not rows, so no two of them write to one place.
+"""
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.check import check, check_integers
+from kernels.jit import kernel, row_tasks
+
+
+def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """ids (N,) of int32 or int64, weight (V, C) -> y (N, C); IndexError for an id outside 0 to V - 1."""
+    check("embedding_forward", "weight", weight, (None, None))
+    check_integers("embedding_forward", "ids", ids, (None,))
+    check_range("embedding", "ids", ids, len(weight))
+    y = memory.empty((len(ids), weight.shape[1]), weight.dtype)
+    _embedding_forward(ids, weight, y, row_tasks(y))
+    return y
+
+
+def embedding_backward(dy: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray:
+    """dweight (rows, C), from dy (N, C) and ids (N,)."""
+    check("embedding_backward", "dy", dy, (None, None))
+    check_integers("embedding_backward", "ids", ids, dy.shape[:1])
+    check_range("embedding", "ids", ids, rows)
+    dweight = memory.zeros((rows, dy.shape[1]), dy.dtype)
+    _embedding_backward(dy, ids, dweight, max(1, dy.shape[1] // 32))
+    return dweight
+
+
+def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> None:
+    """IndexError unless all ids are in 0 to limit - 1."""
+    if ids.size and not (0 <= ids.min() and ids.max() < limit):
+        wrong = ids[(ids < 0) | (ids >= limit)]
+        raise IndexError(f"{kernel_name}: {name} holds {wrong.flat[0]}; it must be in 0 to {limit - 1}")
+
+
+@kernel
+def _embedding_forward(ids, weight, y, tasks):
+    rows, width = y.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            source, to = weight[ids[i]], y[i]
+            for j in range(width):
+                to[j] = source[j]
+
+
+@kernel
+def _embedding_backward(dy, ids, dweight, tasks):
+    width = dy.shape[1]
+    for task in prange(tasks):
+        first, last = width * task // tasks, width * (task + 1) // tasks
+        for i in range(ids.size):
+            source, to = dy[i], dweight[ids[i]]
+            for j in range(first, last):
+                to[j] += source[j]

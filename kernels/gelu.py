@@ -1,0 +1,78 @@
+"""The Gaussian error linear unit, elementwise. Source: Hendrycks, Gimpel 2016.
+
+    y = x Φ(x),  Φ(x) = (1 + erf(x / √2)) / 2            dy/dx = Φ(x) + x φ(x),  φ(x) = exp(-x²/2) / √(2π)
+
+    "tanh" (GPT-2):  y = x (1 + tanh u) / 2,  u = √(2/π) (x + 0.044715 x³)
+                     dy/dx = (1 + tanh u) / 2 + x (1 - tanh² u) u' / 2,  u' = √(2/π) (1 + 0.134145 x²)
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.check import check
+from kernels.elementary import erf, exp, tanh
+from kernels.jit import flat_tasks, helper, kernel
+
+HALF_ROOT = math.sqrt(0.5)                   # 1 / √2
+DENSITY = 1 / math.sqrt(2 * math.pi)         # φ(0)
+SLOPE, CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def gelu_forward(x: np.ndarray, approximate: bool = False) -> np.ndarray:
+    """x of any shape -> y; approximate: the tanh form."""
+    check("gelu_forward", "x", x)
+    y = memory.empty(x.shape, x.dtype)
+    _gelu_forward(x.reshape(-1), approximate, y.reshape(-1), flat_tasks(x))
+    return y
+
+
+def gelu_backward(dy: np.ndarray, x: np.ndarray, approximate: bool = False) -> np.ndarray:
+    """dx, from the gradient and the input of the forward pass."""
+    check("gelu_backward", "dy", dy)
+    check("gelu_backward", "x", x, dy.shape, like=dy)
+    dx = memory.empty(x.shape, x.dtype)
+    _gelu_backward(dy.reshape(-1), x.reshape(-1), approximate, dx.reshape(-1), flat_tasks(x))
+    return dx
+
+
+@helper
+def gelu_row(x, y, approximate):
+    """y = gelu(x) for two rows of one length."""
+    real = x.dtype.type
+    if approximate:
+        for i in range(x.size):
+            u = real(SLOPE) * (x[i] + real(CUBIC) * x[i] * x[i] * x[i])
+            y[i] = real(0.5) * x[i] * (real(1) + tanh(u))
+    else:
+        for i in range(x.size):
+            y[i] = real(0.5) * x[i] * (real(1) + erf(x[i] * real(HALF_ROOT)))
+
+
+@kernel
+def _gelu_forward(x, approximate, y, tasks):
+    n = x.size
+    for task in prange(tasks):
+        first, last = n * task // tasks, n * (task + 1) // tasks
+        gelu_row(x[first:last], y[first:last], approximate)
+
+
+@kernel
+def _gelu_backward(dy, x, approximate, dx, tasks):
+    n = x.size
+    for task in prange(tasks):
+        real = x.dtype.type
+        first, last = n * task // tasks, n * (task + 1) // tasks
+        if approximate:
+            for i in range(first, last):
+                square = x[i] * x[i]
+                t = tanh(real(SLOPE) * x[i] * (real(1) + real(CUBIC) * square))
+                du = real(SLOPE) * (real(1) + real(3 * CUBIC) * square)
+                dx[i] = dy[i] * real(0.5) * (real(1) + t + x[i] * (real(1) - t * t) * du)
+        else:
+            for i in range(first, last):
+                below = real(0.5) * (real(1) + erf(x[i] * real(HALF_ROOT)))
+                dx[i] = dy[i] * (below + x[i] * real(DENSITY) * exp(real(-0.5) * x[i] * x[i]))

@@ -1,0 +1,148 @@
+"""The one decorator that compiles a kernel, its cache on disk, and the number of threads."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import caching
+
+from kernels import cpu
+
+# Not "nnan" and "ninf", which plain fastmath=True implies: masks of -inf and NaN must go where numpy sends them.
+SAFE_MATH = {"contract", "reassoc", "arcp", "nsz"}
+
+compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
+
+
+def kernel(body: Callable) -> Any:
+    """Compile a parallel kernel: cached on disk, without the GIL, with the safe part of fast math.
+
+    Work is cut by shape and partial sums are added in a fixed order, so that the result has the same bits on any
+    number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a `prange`.
+    """
+    dispatcher = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
+    _cache(dispatcher)
+    return dispatcher
+
+
+def helper(body: Callable) -> Any:
+    """Compile a serial function that kernels call; it becomes a part of them and of their cache."""
+    return numba.njit(body, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
+
+
+def exact(body: Callable) -> Any:
+    """As `helper`, for code whose order of additions carries meaning: no re-association, only contraction."""
+    return numba.njit(body, nogil=True, fastmath={"contract"}, error_model="numpy")
+
+
+def set_num_threads(n: int) -> None:
+    """Run the kernels that this thread calls on n threads; ValueError beyond what the process was started with."""
+    if not 1 <= n <= numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(f"set_num_threads: n is {n}; this process can use 1 to {numba.config.NUMBA_NUM_THREADS} "
+                         "(the environment variable NUMBA_NUM_THREADS raises the limit before the start)")
+    numba.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """How many threads the kernels called by this thread run on."""
+    return numba.get_num_threads()
+
+
+def row_tasks(x: np.ndarray) -> int:
+    """How many tasks the rows of x (N, C) are cut into: by shape alone, about 16,000 elements each, 64 at the most."""
+    return max(1, min(64, len(x), x.size >> 14))
+
+
+def flat_tasks(x: np.ndarray) -> int:
+    """How many tasks the elements of x are cut into, as `row_tasks`."""
+    return max(1, min(64, x.size >> 14))
+
+
+# ---- the cache: one folder for one state of all kernel sources, so that no kernel runs stale code -----------------
+# numba's own cache sees a change of the file that defines a kernel, but not of the files that it calls.
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every source file of this package, and of what was read off the CPU."""
+    digest = hashlib.sha256(repr(cpu.TARGET).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: beside the sources, else in the user's cache; None where nothing is writable."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    bases = [Path(__file__).parent / "__pycache__", home / "minitensor"]
+    if numba.config.CACHE_DIR:
+        bases.insert(0, Path(numba.config.CACHE_DIR))
+    for base in bases:
+        folder = base / f"kernels-{source_hash()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        return folder
+    return None
+
+
+class _Locator(caching._CacheLocator):
+    def __init__(self, line: int):
+        self.line = line
+
+    def get_cache_path(self) -> str:
+        return str(cache_folder())
+
+    def get_source_stamp(self) -> str:
+        return source_hash()
+
+    def get_disambiguator(self) -> str:
+        return str(self.line)
+
+    @classmethod
+    def from_function(cls, function: Callable, file: str) -> _Locator:
+        return cls(function.__code__.co_firstlineno)
+
+
+class _Implementation(caching.CompileResultCacheImpl):
+    _locator_classes = [_Locator]        # noqa: RUF012 (numba's own attribute)
+
+
+class _Cache(caching.FunctionCache):
+    _impl_class = _Implementation
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        found = super().load_overload(signature, context)
+        if found is None and compiling is not None:
+            compiling(self._py_func.__name__)
+        return found
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            self.disable()
+            _warn_uncached(str(error))
+
+
+@functools.cache
+def _warn_uncached(reason: str) -> None:
+    warnings.warn(f"compiled kernels cannot be kept, so every start compiles them again: {reason}; "
+                  "NUMBA_CACHE_DIR names another folder", RuntimeWarning, stacklevel=3)
+
+
+def _cache(dispatcher: Any) -> None:
+    if cache_folder() is None:
+        _warn_uncached("no writable folder")
+    else:
+        dispatcher._cache = _Cache(dispatcher.py_func)

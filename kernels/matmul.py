@@ -1,0 +1,149 @@
+"""Matrix products: A B, A Bᵀ, Aᵀ B, over batches.
+
+    y = x Wᵀ          dx = dy W          dW = dyᵀ x
+
+B is copied once into panels as wide as the register tile, so that the tile reads it in order; Aᵀ into panels as high
+as the tile. Blocks of K keep a panel of B in the first-level cache; blocks of rows keep A in the second. Every sum
+over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+"""
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.jit import helper, kernel
+from kernels.simd import ROWS, columns, register_tile
+
+BLOCK_K = 256               # a panel of B: 256 x 2 vectors of 32 bytes is 16 KB, half of a first-level cache
+BLOCK_N = 4096              # packed B: 256 x 4096 floats is 4 MB, in the last-level cache
+BLOCK_M = 16 * ROWS         # rows of A that a task takes at the most: about 100 x 256 floats, in the second level
+TASKS = 16                  # as many tasks as keep a small machine evenly busy
+
+
+def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False) -> np.ndarray:
+    """op(a) @ op(b), where op swaps the last two axes if asked: (..., M, K) @ (..., K, N) -> (..., M, N).
+
+    Leading axes are broadcast. Both arrays C-contiguous, both float32 or both float64.
+    """
+    m, k = a.shape[-2:] if not transpose_a else a.shape[:-3:-1]
+    k_b, n = b.shape[-2:] if not transpose_b else b.shape[:-3:-1]
+    if k != k_b:
+        raise ValueError(f"matmul: inner sizes differ: a is {a.shape}{' transposed' * transpose_a}, "
+                         f"b is {b.shape}{' transposed' * transpose_b}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"matmul: a is {a.dtype}, b is {b.dtype}; they must be alike")
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if a.ndim > 2 and a.shape[:-2] != batch:
+        a = np.broadcast_to(a, batch + a.shape[-2:])
+    if b.ndim > 2 and b.shape[:-2] != batch:
+        b = np.broadcast_to(b, batch + b.shape[-2:])
+    if k == 0:
+        return memory.zeros((*batch, m, n), a.dtype)
+    c = memory.empty((*batch, m, n), a.dtype)
+    if c.size:
+        a = np.ascontiguousarray(a).reshape(-1, *a.shape[-2:])
+        b = np.ascontiguousarray(b).reshape(-1, *b.shape[-2:])
+        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b)
+    return c
+
+
+def _product(a, b, c, k, transpose_a, transpose_b):
+    """c = op(a) @ op(b), all 3-D; a or b may have a batch of one."""
+    count, m, n = c.shape
+    width = columns(c.dtype)
+    panels = -(-min(n, BLOCK_N) // width)
+    blocks = max(-(-m // BLOCK_M), min(-(-m // ROWS), -(-TASKS // count)))
+    rows = -(-m // (blocks * ROWS)) * ROWS
+    chunks = max(1, min(panels, TASKS // (count * -(-m // rows))))
+    packed = memory.empty((len(b), panels, min(k, BLOCK_K) * width), c.dtype)
+    _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, packed)
+
+
+@kernel
+def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, packed):
+    count, m, n = c.shape
+    width = packed.shape[2] // min(k, BLOCK_K)
+    row_blocks = (m + rows - 1) // rows
+    for n0 in range(0, n, BLOCK_N):
+        panels = (min(BLOCK_N, n - n0) + width - 1) // width
+        for k0 in range(0, k, BLOCK_K):
+            depth = min(BLOCK_K, k - k0)
+            for task in prange(len(b) * panels):
+                pack_columns(b[task // panels], packed[task // panels, task % panels], k0, depth,
+                             n0 + task % panels * width, width, transpose_b)
+            for task in prange(count * row_blocks * chunks):
+                batch, rest = task // (row_blocks * chunks), task % (row_blocks * chunks)
+                block, chunk = rest // chunks, rest % chunks
+                multiply_block(a[batch if len(a) > 1 else 0], packed[batch if len(b) > 1 else 0], c[batch],
+                               block * rows, min(m, block * rows + rows), k0, depth, n0, width,
+                               panels * chunk // chunks, panels * (chunk + 1) // chunks, transpose_a)
+
+
+@helper
+def pack_columns(b, panel, k0, depth, j0, width, transposed):
+    """panel[p, j] = op(b)[k0 + p, j0 + j], zero beyond the last column."""
+    n = b.shape[0] if transposed else b.shape[1]
+    full = min(width, n - j0)
+    if transposed:
+        for j in range(full):
+            row = b[j0 + j]
+            for p in range(depth):
+                panel[p * width + j] = row[k0 + p]
+    elif full == width:
+        for p in range(depth):
+            row = b[k0 + p]
+            for j in range(width):
+                panel[p * width + j] = row[j0 + j]
+    else:
+        for p in range(depth):
+            for j in range(full):
+                panel[p * width + j] = b[k0 + p, j0 + j]
+    if full < width:
+        for p in range(depth):
+            for j in range(full, width):
+                panel[p * width + j] = 0
+
+
+@helper
+def pack_rows(a, panel, i0, i1, k0, depth, transposed):
+    """panel[p, i] = op(a)[i0 + i, k0 + p], zero beyond row i1."""
+    height = min(ROWS, i1 - i0)
+    if transposed:
+        for p in range(depth):
+            for i in range(height):
+                panel[p * ROWS + i] = a[k0 + p, i0 + i]
+    else:
+        for i in range(height):
+            for p in range(depth):
+                panel[p * ROWS + i] = a[i0 + i, k0 + p]
+    for p in range(depth):
+        for i in range(height, ROWS):
+            panel[p * ROWS + i] = 0
+
+
+@helper
+def multiply_block(a, packed, c, i0, i1, k0, depth, n0, width, first, last, transposed):
+    """Rows i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
+    n, stride = c.shape[1], a.shape[1]
+    add = k0 > 0
+    packed_a = np.empty(((i1 - i0 + ROWS - 1) // ROWS, depth * ROWS), c.dtype)
+    edge = np.empty((ROWS, width), c.dtype)
+    for i in range(i0, i1, ROWS):
+        if transposed or i + ROWS > i1:
+            pack_rows(a, packed_a[(i - i0) // ROWS], i, i1, k0, depth, transposed)
+    for panel in range(first, last):
+        j = n0 + panel * width
+        b = packed[panel]
+        for i in range(i0, i1, ROWS):
+            whole = i + ROWS <= i1 and j + width <= n
+            out, start, row = (c, i * n + j, n) if whole else (edge, 0, width)
+            if transposed or i + ROWS > i1:
+                register_tile(packed_a, (i - i0) // ROWS * depth * ROWS, 1, ROWS, b, 0, width,
+                              out, start, row, depth, add and whole)
+            else:
+                register_tile(a, i * stride + k0, stride, 1, b, 0, width, out, start, row, depth, add and whole)
+            if not whole:
+                for r in range(min(ROWS, i1 - i)):
+                    for s in range(min(width, n - j)):
+                        c[i + r, j + s] = edge[r, s] + (c[i + r, j + s] if add else 0)

@@ -1,0 +1,117 @@
+"""Softmax and its logarithm over the last axis, on (N, C).
+
+    y_j = exp(x_j - max x) / Σ_k exp(x_k - max x)        dx_j = y_j (dy_j - Σ_k dy_k y_k)
+    z_j = log y_j = x_j - logsumexp(x)                   dx_j = dz_j - y_j Σ_k dz_k
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.check import check
+from kernels.elementary import exp
+from kernels.jit import helper, kernel, row_tasks
+from kernels.simd import row_max
+
+
+def softmax_forward(x: np.ndarray) -> np.ndarray:
+    """Softmax of each row: x (N, C) -> y (N, C)."""
+    check("softmax_forward", "x", x, (None, None))
+    y = memory.empty(x.shape, x.dtype)
+    _softmax_forward(x, y, row_tasks(x))
+    return y
+
+
+def softmax_backward(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """dx (N, C), from the gradient and the value of softmax."""
+    check("softmax_backward", "dy", dy, (None, None))
+    check("softmax_backward", "y", y, dy.shape, like=dy)
+    dx = memory.empty(y.shape, y.dtype)
+    _softmax_backward(dy, y, dx, row_tasks(y))
+    return dx
+
+
+def log_softmax_forward(x: np.ndarray) -> np.ndarray:
+    """Logarithm of the softmax of each row: x (N, C) -> z (N, C)."""
+    check("log_softmax_forward", "x", x, (None, None))
+    z = memory.empty(x.shape, x.dtype)
+    _log_softmax_forward(x, z, row_tasks(x))
+    return z
+
+
+def log_softmax_backward(dz: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """dx (N, C), from the gradient and the value of log_softmax."""
+    check("log_softmax_backward", "dz", dz, (None, None))
+    check("log_softmax_backward", "z", z, dz.shape, like=dz)
+    dx = memory.empty(z.shape, z.dtype)
+    _log_softmax_backward(dz, z, dx, row_tasks(z))
+    return dx
+
+
+@kernel
+def _softmax_forward(x, y, tasks):
+    rows, width = x.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            xi, yi = x[i], y[i]
+            top = row_max(xi, 0, width)
+            total = xi.dtype.type(0)
+            for j in range(width):
+                e = exp(xi[j] - top)
+                yi[j] = e
+                total += e
+            scale = xi.dtype.type(1) / total
+            for j in range(width):
+                yi[j] *= scale
+
+
+@kernel
+def _softmax_backward(dy, y, dx, tasks):
+    rows, width = y.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            dyi, yi, dxi = dy[i], y[i], dx[i]
+            total = yi.dtype.type(0)
+            for j in range(width):
+                total += dyi[j] * yi[j]
+            for j in range(width):
+                dxi[j] = yi[j] * (dyi[j] - total)
+
+
+@helper
+def log_sum_exp(x):
+    """log Σ exp(x) of one row: -inf for a row of -inf, where the difference from the largest would be NaN."""
+    top = row_max(x, 0, x.size)
+    if top == -math.inf:
+        return x.sum()                       # -inf, or NaN where there is one
+    total = x.dtype.type(0)
+    for j in range(x.size):
+        total += exp(x[j] - top)
+    return top + x.dtype.type(math.log(total))
+
+
+@kernel
+def _log_softmax_forward(x, z, tasks):
+    rows, width = x.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            xi, zi = x[i], z[i]
+            norm = log_sum_exp(xi)
+            for j in range(width):
+                zi[j] = xi[j] - norm
+
+
+@kernel
+def _log_softmax_backward(dz, z, dx, tasks):
+    rows, width = z.shape
+    for task in prange(tasks):
+        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
+            dzi, zi, dxi = dz[i], z[i], dx[i]
+            total = zi.dtype.type(0)
+            for j in range(width):
+                total += dzi[j]
+            for j in range(width):
+                dxi[j] = dzi[j] - exp(zi[j]) * total

@@ -1,0 +1,1 @@
+"""minitensor: reverse-mode autograd for tensors."""

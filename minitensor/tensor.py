@@ -1,0 +1,405 @@
+"""The engine: a Tensor, the decorator that records an op, and the walk back.
+
+An op is one function written in array language: it returns its value and its vjp (vector-Jacobian product), which
+pulls a gradient of the value back to the inputs. Run on ndarrays the body is fast; under `create_graph=True` the
+walk runs the same body on Tensors, so that the gradient is itself a graph and can be differentiated again.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
+_serial = itertools.count()
+
+
+class _State(threading.local):
+    """What a thread is doing: recording a graph, replacing fused ops by their references."""
+    recording = True
+    unfused = False
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def _set(**flags: bool) -> Iterator[None]:
+    before = {name: getattr(_state, name) for name in flags}
+    _state.__dict__.update(flags)
+    try:
+        yield
+    finally:
+        _state.__dict__.update(before)
+
+
+def no_grad() -> contextlib.AbstractContextManager[None]:
+    """Record nothing: `with no_grad():`. Tensors made inside do not require a gradient."""
+    return _set(recording=False)
+
+
+def unfused() -> contextlib.AbstractContextManager[None]:
+    """Run every fused op as its reference, composed of primitive ops: slower, and each step can be seen."""
+    return _set(unfused=True)
+
+
+class Node:
+    """One recorded application of an op; the graph is these, reached through the inputs."""
+    __slots__ = ("__weakref__", "inputs", "op", "options", "serial", "vjp")
+
+    def __init__(self, op: Callable, inputs: tuple, options: dict, vjp: Any):
+        self.op, self.inputs, self.options, self.vjp, self.serial = op, inputs, options, vjp, next(_serial)
+
+
+class Tensor:
+    """An array of float32 or float64 that remembers which op made it.
+
+    data: a float32 or float64 ndarray is shared, not copied; Python numbers, lists, integers and booleans become
+    float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other dtype.
+    """
+    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad")
+
+    def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None):
+        if isinstance(data, Tensor):
+            raise TypeError("Tensor: data is already a Tensor; use t.detach() to share its values outside the graph")
+        array = np.asarray(data)
+        if dtype is None:
+            given_as_array = isinstance(data, (np.ndarray, np.generic)) and array.dtype.kind == "f"
+            dtype = array.dtype if given_as_array or array.dtype.kind not in "fiub" else np.float32
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise TypeError(f"Tensor: dtype is {np.dtype(dtype)}; a Tensor holds float32 or float64 "
+                            "(indices and masks stay plain arrays)")
+        self.data: np.ndarray = array.astype(dtype, copy=False)
+        self.requires_grad = requires_grad
+        self.grad: Tensor | None = None
+        self.node: Node | None = None
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+    shape = property(lambda self: self.data.shape, doc="The length of each axis.")
+    ndim = property(lambda self: self.data.ndim, doc="The number of axes.")
+    size = property(lambda self: self.data.size, doc="The number of elements.")
+    dtype = property(lambda self: self.data.dtype, doc="float32 or float64.")
+
+    @property
+    def T(self) -> Tensor:
+        """All axes in reverse order."""
+        return np.transpose(self)
+
+    def numpy(self) -> np.ndarray:
+        """The values as an ndarray, outside the graph; memory is shared."""
+        return self.data
+
+    def item(self) -> float:
+        """The only element, as a Python float; ValueError if there are more or none."""
+        if self.size != 1:
+            raise ValueError(f"item: the tensor has shape {self.shape}; only one with a single element has an item")
+        return self.data.item()
+
+    def detach(self) -> Tensor:
+        """The same values (memory is shared) as a constant: no gradient flows through."""
+        return Tensor(self.data)
+
+    def astype(self, dtype: Any) -> Tensor:
+        """A copy in float32 or float64; the gradient is converted on its way back."""
+        return NUMPY[np.astype](self, dtype)
+
+    def __repr__(self) -> str:
+        values = np.array2string(self.data, separator=", ", prefix="Tensor(")
+        notes = "" if self.dtype == np.float32 else ", dtype=float64"
+        notes += f", op={self.node.op.__name__}" if self.node else ", requires_grad=True" * self.requires_grad
+        return f"Tensor({values}{notes})"
+
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError("len: a tensor of no axes has no length")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(f"bool: a tensor of shape {self.shape} is not true or false as a whole; "
+                             "use np.any(t.numpy()) or np.all(t.numpy())")
+        return bool(self.data)
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
+    # ---- gradients -----------------------------------------------------------------------------------------------
+    def backward(self, gradient: Any = None, retain_graph: bool = False, create_graph: bool = False) -> None:
+        """Add d self / d leaf to `.grad` of every leaf tensor that requires a gradient, and release the graph.
+
+        gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph for
+        another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
+        """
+        for leaf, g, owned in _walk(self, gradient, (), retain_graph, create_graph):
+            if leaf.grad is None:
+                leaf.grad = g if create_graph else Tensor(g if owned else np.array(g))
+            elif create_graph or leaf.grad.node is not None:
+                leaf.grad = leaf.grad + g
+            else:
+                leaf.grad.data += g
+
+    # ---- numpy's own protocols -------------------------------------------------------------------------------------
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if method != "__call__" or options or ufunc not in NUMPY:
+            name = ufunc.__name__ + ("" if method == "__call__" else f".{method}")
+            raise TypeError(f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''} has no op that can "
+                            "be differentiated; use t.numpy() to compute outside the graph, or write it with "
+                            "minitensor.op")
+        return NUMPY[ufunc](*inputs)
+
+    def __array_function__(self, function: Callable, types: Any, args: Any, options: Any) -> Any:
+        if function not in NUMPY:
+            raise TypeError(f"{function.__module__}.{function.__name__} has no op that can be differentiated; "
+                            "use t.numpy() to compute outside the graph, or write it with minitensor.op")
+        return NUMPY[function](*args, **options)
+
+    def __array__(self, *args: Any, **options: Any) -> np.ndarray:
+        raise TypeError("a Tensor does not turn into an array by itself, as the gradient would be lost; "
+                        "use t.numpy() for its values")
+
+    # ---- operators and methods: numpy's, by numpy's functions --------------------------------------------------------
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    def __lt__(self, y: Any) -> np.ndarray: return np.less(self, y)
+    def __le__(self, y: Any) -> np.ndarray: return np.less_equal(self, y)
+    def __gt__(self, y: Any) -> np.ndarray: return np.greater(self, y)
+    def __ge__(self, y: Any) -> np.ndarray: return np.greater_equal(self, y)
+    def __neg__(self) -> Tensor: return np.negative(self)
+    def __abs__(self) -> Tensor: return np.abs(self)
+    def __add__(self, y: Any) -> Tensor: return np.add(self, y)
+    def __radd__(self, y: Any) -> Tensor: return np.add(y, self)
+    def __sub__(self, y: Any) -> Tensor: return np.subtract(self, y)
+    def __rsub__(self, y: Any) -> Tensor: return np.subtract(y, self)
+    def __mul__(self, y: Any) -> Tensor: return np.multiply(self, y)
+    def __rmul__(self, y: Any) -> Tensor: return np.multiply(y, self)
+    def __truediv__(self, y: Any) -> Tensor: return np.divide(self, y)
+    def __rtruediv__(self, y: Any) -> Tensor: return np.divide(y, self)
+    def __pow__(self, y: Any) -> Tensor: return np.power(self, y)
+    def __rpow__(self, y: Any) -> Tensor: return np.power(y, self)
+    def __matmul__(self, y: Any) -> Tensor: return np.matmul(self, y)
+    def __rmatmul__(self, y: Any) -> Tensor: return np.matmul(y, self)
+    def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index)
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new one with "
+                        "np.where or np.concatenate, or change t.data, which is outside the graph")
+
+    def sum(self, axis=None, keepdims=False) -> Tensor: return np.sum(self, axis=axis, keepdims=keepdims)
+    def mean(self, axis=None, keepdims=False) -> Tensor: return np.mean(self, axis=axis, keepdims=keepdims)
+    def var(self, axis=None, keepdims=False) -> Tensor: return np.var(self, axis=axis, keepdims=keepdims)
+    def std(self, axis=None, keepdims=False) -> Tensor: return np.std(self, axis=axis, keepdims=keepdims)
+    def max(self, axis=None, keepdims=False) -> Tensor: return np.max(self, axis=axis, keepdims=keepdims)
+    def min(self, axis=None, keepdims=False) -> Tensor: return np.min(self, axis=axis, keepdims=keepdims)
+    def prod(self, axis=None, keepdims=False) -> Tensor: return np.prod(self, axis=axis, keepdims=keepdims)
+    def cumsum(self, axis=None) -> Tensor: return np.cumsum(self, axis=axis)
+    def argmax(self, axis=None) -> np.ndarray: return np.argmax(self.data, axis=axis)
+    def argmin(self, axis=None) -> np.ndarray: return np.argmin(self.data, axis=axis)
+    def reshape(self, *shape) -> Tensor: return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+    def ravel(self) -> Tensor: return np.reshape(self, -1)
+    def transpose(self, *axes) -> Tensor: return np.transpose(self, axes[0] if len(axes) == 1 else axes or None)
+    def swapaxes(self, a: int, b: int) -> Tensor: return np.swapaxes(self, a, b)
+    def squeeze(self, axis=None) -> Tensor: return np.squeeze(self, axis=axis)
+    def repeat(self, repeats, axis=None) -> Tensor: return np.repeat(self, repeats, axis=axis)
+    def clip(self, min=None, max=None) -> Tensor: return np.clip(self, min, max)
+    def copy(self) -> Tensor: return np.copy(self)
+
+
+def getitem(x: Any, index: Any) -> Any:
+    """`x[index]` under a name, so that an op can answer for it."""
+    return x[index]
+
+
+def implements(*numpy_functions: Callable) -> Callable:
+    """Let a function composed of ops answer for numpy's where a Tensor is among the arguments."""
+    def register(function: Callable) -> Callable:
+        NUMPY.update(dict.fromkeys(numpy_functions, function))
+        return function
+    return register
+
+
+def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callable:
+    """Make a recorded op of a body `(*inputs, **options) -> value, vjp`.
+
+    The body is written in array language, so that it runs on ndarrays and on Tensors. vjp is one function of the
+    gradient for each input, as a tuple (only those that somebody needs are called; a bare function for a single
+    input), or one function that returns the gradients of all inputs as a tuple. A gradient may have the shape that
+    broadcasting gave its input: the walk sums it down. The op answers for `numpy_functions`, and called with no
+    Tensor at all it is a plain function of arrays.
+
+    reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and under
+    `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of its own making.
+    """
+    elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
+
+    def decorate(body: Callable) -> Callable:
+        name = body.__name__
+        signature = inspect.signature(body)
+
+        @functools.wraps(body)
+        def recorded(*inputs: Any, **options: Any) -> Any:
+            if any(isinstance(x, Tensor) for x in options.values()):
+                bound = signature.bind(*inputs, **options)
+                inputs, options = bound.args, bound.kwargs
+            dtype = _common_dtype(name, inputs)
+            if dtype is None:
+                return body(*inputs, **options)[0]
+            if reference is not None and _state.unfused:
+                return reference(*inputs, **options)
+            if elementwise:
+                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(x, dtype) for x in inputs)
+            value, vjp = body(*[x.data if isinstance(x, Tensor) else x for x in inputs], **options)
+            result = Tensor.__new__(Tensor)
+            result.data = value if type(value) is np.ndarray else np.asarray(value)
+            result.grad = result.node = None
+            result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            if result.requires_grad:
+                result.node = Node(recorded, inputs, options, vjp)
+            return result
+
+        recorded.body, recorded.reference = body, reference      # type: ignore[attr-defined]
+        return implements(*numpy_functions)(recorded)
+    return decorate
+
+
+def fused(reference: Callable) -> Callable:
+    """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
+    if not callable(reference):
+        raise TypeError(f"fused: a fused op names its reference, a function of primitive ops; got {reference!r}")
+    return op(reference=reference)
+
+
+def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None, retain_graph: bool | None = None,
+         create_graph: bool = False) -> tuple[Tensor, ...]:
+    """d output / d input for each of the inputs, as Tensors of their shapes; `.grad` is left alone.
+
+    inputs: leaves or tensors on the way. gradient: d loss / d output; may be left out for a scalar output.
+    create_graph: make the results differentiable again (keeps the graph). An input that output does not depend on
+    gets zeros.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    for x in inputs:
+        if not x.requires_grad:
+            raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, so nothing was recorded of it")
+    found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, bool(retain_graph), create_graph)}
+    results = (found.get(id(x), np.zeros_like(x.data)) for x in inputs)
+    return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
+
+
+def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph: bool,
+          create_graph: bool) -> list[tuple[Tensor, Any, bool]]:
+    """Pull the gradient of output back: (tensor, gradient, owned) for every leaf and every wanted tensor.
+
+    Nodes are visited in descending order of their serial numbers, so a node has all of its gradient when its turn
+    comes. Nothing is written into an array unless it is owned: made by the walk itself, or by a fused op's kernel.
+    """
+    if not output.requires_grad:
+        raise ValueError("backward: the tensor does not depend on any tensor with requires_grad=True")
+    wanted_ids = {id(x) for x in wanted}
+    heap: list[tuple[int, int]] = []
+    pending: dict[int, tuple[Tensor, Any, bool]] = {}
+    found = []
+
+    def send(x: Tensor, g: Any, owned: bool) -> None:
+        if id(x) in pending:
+            _, before, owned_before = pending[id(x)]
+            if owned_before and not create_graph:
+                g = np.add(before, g, out=before)
+            else:
+                g = before + g
+            owned = True
+        elif x.node is not None:
+            heapq.heappush(heap, (-x.node.serial, id(x)))
+        pending[id(x)] = (x, g, owned)
+
+    with _set(recording=create_graph):
+        g = _seed(output, gradient)
+        send(output, g if create_graph else g.data, False)
+        while heap:
+            x, g, owned = pending.pop(heapq.heappop(heap)[1])
+            if id(x) in wanted_ids:
+                found.append((x, g, owned))
+            node = x.node
+            assert node is not None
+            if node.vjp is None:
+                raise RuntimeError(f"backward: the graph below op '{node.op.__name__}' was released by an earlier "
+                                   "backward(); pass retain_graph=True to the first one to walk it twice")
+            inputs, vjp, reference = node.inputs, node.vjp, node.op.reference   # type: ignore[attr-defined]
+            if create_graph and reference is not None:
+                with unfused():
+                    send(reference(*inputs, **node.options), g, False)
+                continue
+            if create_graph:
+                vjp = node.op.body(*inputs, **node.options)[1]                  # type: ignore[attr-defined]
+            elif not retain_graph:
+                node.inputs, node.vjp = (), None
+            if isinstance(vjp, tuple):
+                gradients = tuple(f(g) if isinstance(x, Tensor) and x.requires_grad else None
+                                  for f, x in zip(vjp, inputs, strict=False))
+            else:
+                gradients = vjp(g)
+                gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            for x, gx in zip(inputs, gradients, strict=False):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    if gx.shape != x.shape:
+                        gx = _unbroadcast(gx, x.shape, node.op.__name__)
+                    if gx.dtype != x.dtype:
+                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave a {gx.dtype} gradient for a "
+                                        f"{x.dtype} input; keep Python scalars as they are, and convert constant arrays")
+                    send(x, gx, reference is not None)
+    found.extend(entry for entry in pending.values())
+    return found
+
+
+def _seed(output: Tensor, gradient: Any) -> Tensor:
+    if gradient is None:
+        if output.size != 1:
+            raise ValueError(f"backward: the tensor has shape {output.shape}, and only a scalar's gradient can be left "
+                             f"out; reduce it first, as in t.sum(), or pass gradient= of shape {output.shape}")
+        return Tensor(np.ones_like(output.data))
+    gradient = gradient if isinstance(gradient, Tensor) else Tensor(np.asarray(gradient, dtype=output.dtype))
+    if gradient.shape != output.shape or gradient.dtype != output.dtype:
+        raise ValueError(f"backward: gradient is {gradient.dtype} of shape {gradient.shape}; the tensor is "
+                         f"{output.dtype} of shape {output.shape}, and the two must be alike")
+    return gradient
+
+
+def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
+    """Sum g down to shape: the adjoint of broadcasting."""
+    extra = g.ndim - len(shape)
+    axes = tuple(i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1))
+    kept = tuple(1 if i in axes else n for i, n in enumerate(g.shape))[max(extra, 0):]
+    if extra < 0 or kept != shape:
+        raise ValueError(f"backward: the vjp of '{name}' gave a gradient of shape {g.shape} for an input of shape {shape}")
+    return np.reshape(np.sum(g, axis=axes), shape)
+
+
+def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
+    """The dtype of the Tensors among inputs (None where there is no Tensor); TypeError if floats are mixed."""
+    dtype = next((x.data.dtype for x in inputs if isinstance(x, Tensor)), None)
+    if dtype is not None:
+        for position, x in enumerate(inputs):
+            if isinstance(x, (Tensor, np.ndarray)) and x.dtype != dtype and x.dtype.kind == "f":
+                raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {x.dtype}, another is "
+                                f"{dtype}; convert one with .astype(np.{dtype})")
+    return dtype
+
+
+def _weak(x: Any, dtype: np.dtype) -> Any:
+    """An operand that is not a Tensor takes the Tensor's dtype, as a Python scalar does."""
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"a {type(x).__name__} of dtype {array.dtype} cannot be combined with a {dtype} Tensor")
+    return float(array) if array.ndim == 0 else array.astype(dtype, copy=False)
