@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from kernels.check import check
-from kernels.jit import flat_tasks, kernel
+from kernels.jit import flat_tasks, helper, kernel
 
 
 def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, lr: float,
@@ -41,20 +41,30 @@ def sum_of_squares(x: np.ndarray) -> float:
 
 @kernel
 def _adamw(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps, tasks):
-    n = p.size
     for task in prange(tasks):
-        for i in range(n * task // tasks, n * (task + 1) // tasks):
-            gi = g[i] * scale
-            m[i] = beta1 * m[i] + rest1 * gi
-            v[i] = beta2 * v[i] + rest2 * gi * gi
-            p[i] = p[i] * shrink - rate * m[i] / (math.sqrt(v[i]) / root + eps)
+        i, j = p.size * task // tasks, p.size * (task + 1) // tasks
+        adamw_part(p[i:j], g[i:j], m[i:j], v[i:j], shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps)
+
+
+@helper
+def adamw_part(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps):
+    for i in range(p.size):
+        gi = g[i] * scale
+        m[i] = beta1 * m[i] + rest1 * gi
+        v[i] = beta2 * v[i] + rest2 * gi * gi
+        p[i] = p[i] * shrink - rate * m[i] / (math.sqrt(v[i]) / root + eps)
 
 
 @kernel
 def _sum_of_squares(x, partial):
-    n, tasks = x.size, partial.size
+    tasks = partial.size
     for task in prange(tasks):
-        total = 0.0
-        for i in range(n * task // tasks, n * (task + 1) // tasks):
-            total += np.float64(x[i]) * np.float64(x[i])
-        partial[task] = total
+        partial[task] = squares_part(x[x.size * task // tasks:x.size * (task + 1) // tasks])
+
+
+@helper
+def squares_part(x):
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total

@@ -13,7 +13,7 @@ from kernels import memory
 from kernels.check import check, check_integers
 from kernels.elementary import exp
 from kernels.embedding import check_range
-from kernels.jit import kernel, row_tasks
+from kernels.jit import helper, kernel, row_tasks
 from kernels.softmax import log_sum_exp
 
 
@@ -46,20 +46,23 @@ def _cross_entropy_forward(logits, targets, ignore_index, losses, norms, tasks):
     rows = len(logits)
     for task in prange(tasks):
         for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            x = logits[i]
-            norms[i] = log_sum_exp(x)
-            losses[i] = norms[i] - x[targets[i]] if targets[i] != ignore_index else x.dtype.type(0)
+            norms[i] = log_sum_exp(logits[i])
+            losses[i] = norms[i] - logits[i, targets[i]] if targets[i] != ignore_index else 0
 
 
 @kernel
 def _cross_entropy_backward(dlosses, logits, targets, norms, ignore_index, dlogits, tasks):
-    rows, width = logits.shape
+    rows = len(logits)
     for task in prange(tasks):
         for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            x, dx, norm, dloss = logits[i], dlogits[i], norms[i], dlosses[i]
-            if targets[i] == ignore_index:
-                dx[:] = 0
-            else:
-                for j in range(width):
-                    dx[j] = dloss * exp(x[j] - norm)
-                dx[targets[i]] -= dloss
+            cross_entropy_row_backward(dlosses[i], logits[i], targets[i], norms[i], ignore_index, dlogits[i])
+
+
+@helper
+def cross_entropy_row_backward(dloss, x, target, norm, ignore_index, dx):
+    if target == ignore_index:
+        dx[:] = 0
+    else:
+        for j in range(x.size):
+            dx[j] = dloss * exp(x[j] - norm)
+        dx[target] -= dloss

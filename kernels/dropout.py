@@ -78,12 +78,15 @@ def kept(low, high, column, limit):
 
 @kernel
 def _dropout(x, limit, scale, seed, y, tasks):
-    n = x.size
-    rows = (n + ROW - 1) // ROW
+    rows = (x.size + ROW - 1) // ROW
     for task in prange(tasks):
         for row in range(rows * task // tasks, rows * (task + 1) // tasks):
-            key = row_key(seed, row)
-            low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
-            start = row * ROW
-            for j in range(min(ROW, n - start)):
-                y[start + j] = x[start + j] * scale if kept(low, high, j, limit) else x.dtype.type(0)
+            first, last = row * ROW, min(x.size, (row + 1) * ROW)
+            dropout_row(x[first:last], y[first:last], row_key(seed, row), limit, scale)
+
+
+@helper
+def dropout_row(x, y, key, limit, scale):
+    low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
+    for j in range(x.size):
+        y[j] = x[j] * scale if kept(low, high, j, limit) else x.dtype.type(0)

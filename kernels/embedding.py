@@ -11,7 +11,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check, check_integers
-from kernels.jit import kernel, row_tasks
+from kernels.jit import helper, kernel, row_tasks
 
 
 def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -43,20 +43,21 @@ def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> Non
 
 @kernel
 def _embedding_forward(ids, weight, y, tasks):
-    rows, width = y.shape
     for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            source, to = weight[ids[i]], y[i]
-            for j in range(width):
-                to[j] = source[j]
+        for i in range(ids.size * task // tasks, ids.size * (task + 1) // tasks):
+            y[i] = weight[ids[i]]
 
 
 @kernel
 def _embedding_backward(dy, ids, dweight, tasks):
     width = dy.shape[1]
     for task in prange(tasks):
-        first, last = width * task // tasks, width * (task + 1) // tasks
-        for i in range(ids.size):
-            source, to = dy[i], dweight[ids[i]]
-            for j in range(first, last):
-                to[j] += source[j]
+        add_rows(dy, ids, dweight, width * task // tasks, width * (task + 1) // tasks)
+
+
+@helper
+def add_rows(dy, ids, dweight, first, last):
+    for i in range(ids.size):
+        source, to = dy[i], dweight[ids[i]]
+        for j in range(first, last):
+            to[j] += source[j]

@@ -39,9 +39,15 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, approximate: bool = False) -> n
     return dx
 
 
+@kernel
+def _gelu_forward(x, approximate, y, tasks):
+    for task in prange(tasks):
+        first, last = x.size * task // tasks, x.size * (task + 1) // tasks
+        gelu_row(x[first:last], y[first:last], approximate)
+
+
 @helper
 def gelu_row(x, y, approximate):
-    """y = gelu(x) for two rows of one length."""
     real = x.dtype.type
     if approximate:
         for i in range(x.size):
@@ -53,26 +59,22 @@ def gelu_row(x, y, approximate):
 
 
 @kernel
-def _gelu_forward(x, approximate, y, tasks):
-    n = x.size
-    for task in prange(tasks):
-        first, last = n * task // tasks, n * (task + 1) // tasks
-        gelu_row(x[first:last], y[first:last], approximate)
-
-
-@kernel
 def _gelu_backward(dy, x, approximate, dx, tasks):
-    n = x.size
     for task in prange(tasks):
-        real = x.dtype.type
-        first, last = n * task // tasks, n * (task + 1) // tasks
-        if approximate:
-            for i in range(first, last):
-                square = x[i] * x[i]
-                t = tanh(real(SLOPE) * x[i] * (real(1) + real(CUBIC) * square))
-                du = real(SLOPE) * (real(1) + real(3 * CUBIC) * square)
-                dx[i] = dy[i] * real(0.5) * (real(1) + t + x[i] * (real(1) - t * t) * du)
-        else:
-            for i in range(first, last):
-                below = real(0.5) * (real(1) + erf(x[i] * real(HALF_ROOT)))
-                dx[i] = dy[i] * (below + x[i] * real(DENSITY) * exp(real(-0.5) * x[i] * x[i]))
+        first, last = x.size * task // tasks, x.size * (task + 1) // tasks
+        gelu_row_backward(dy[first:last], x[first:last], approximate, dx[first:last])
+
+
+@helper
+def gelu_row_backward(dy, x, approximate, dx):
+    real = x.dtype.type
+    if approximate:
+        for i in range(x.size):
+            square = x[i] * x[i]
+            t = tanh(real(SLOPE) * x[i] * (real(1) + real(CUBIC) * square))
+            du = real(SLOPE) * (real(1) + real(3 * CUBIC) * square)
+            dx[i] = dy[i] * real(0.5) * (real(1) + t + x[i] * (real(1) - t * t) * du)
+    else:
+        for i in range(x.size):
+            below = real(0.5) * (real(1) + erf(x[i] * real(HALF_ROOT)))
+            dx[i] = dy[i] * (below + x[i] * real(DENSITY) * exp(real(-0.5) * x[i] * x[i]))

@@ -26,7 +26,8 @@ def kernel(body: Callable) -> Any:
     """Compile a parallel kernel: cached on disk, without the GIL, with the safe part of fast math.
 
     Work is cut by shape and partial sums are added in a fixed order, so that the result has the same bits on any
-    number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a `prange`.
+    number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a `prange`. Such a body
+    only cuts out the task and calls a helper: numba's analysis of a longer one has been seen to lose an assignment.
     """
     dispatcher = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
     _cache(dispatcher)

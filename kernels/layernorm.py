@@ -14,7 +14,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
-from kernels.jit import kernel, row_tasks
+from kernels.jit import helper, kernel, row_tasks
 
 
 def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None = None,
@@ -48,45 +48,48 @@ def layernorm_backward(dy: np.ndarray, x: np.ndarray, gain: np.ndarray, mean: np
 
 @kernel
 def _layernorm_forward(x, gain, bias, eps, y, mean, rstd, tasks):
-    rows, width = x.shape
     for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            xi, yi = x[i], y[i]
-            zero = xi.dtype.type(0)
-            total = zero
-            for j in range(width):
-                total += xi[j]
-            m = total / xi.dtype.type(width)
-            squares = zero
-            for j in range(width):
-                squares += (xi[j] - m) * (xi[j] - m)
-            r = xi.dtype.type(1) / xi.dtype.type(math.sqrt(squares / xi.dtype.type(width) + eps))
-            if bias.size:
-                for j in range(width):
-                    yi[j] = (xi[j] - m) * r * gain[j] + bias[j]
-            else:
-                for j in range(width):
-                    yi[j] = (xi[j] - m) * r * gain[j]
-            mean[i], rstd[i] = m, r
+        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
+            mean[i], rstd[i] = layernorm_row(x[i], gain, bias, eps, y[i])
+
+
+@helper
+def layernorm_row(x, gain, bias, eps, y):
+    real, width = x.dtype.type, x.dtype.type(x.size)
+    total, squares = real(0), real(0)
+    for j in range(x.size):
+        total += x[j]
+    mean = total / width
+    for j in range(x.size):
+        squares += (x[j] - mean) * (x[j] - mean)
+    rstd = real(1) / real(math.sqrt(squares / width + eps))
+    if bias.size:
+        for j in range(x.size):
+            y[j] = (x[j] - mean) * rstd * gain[j] + bias[j]
+    else:
+        for j in range(x.size):
+            y[j] = (x[j] - mean) * rstd * gain[j]
+    return mean, rstd
 
 
 @kernel
 def _layernorm_backward(dy, x, gain, mean, rstd, dx, dgain, dbias, tasks):
-    rows, width = x.shape
     for task in prange(tasks):
-        dg, db = dgain[task], dbias[task]
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            dyi, xi, dxi, m, r = dy[i], x[i], dx[i], mean[i], rstd[i]
-            sum_h = xi.dtype.type(0)
-            sum_hx = xi.dtype.type(0)
-            for j in range(width):
-                h = gain[j] * dyi[j]
-                sum_h += h
-                sum_hx += h * (xi[j] - m)
-            mean_h = sum_h / xi.dtype.type(width)
-            mean_hx = sum_hx * r / xi.dtype.type(width)
-            for j in range(width):
-                normal = (xi[j] - m) * r
-                dxi[j] = r * (gain[j] * dyi[j] - mean_h - normal * mean_hx)
-                dg[j] += dyi[j] * normal
-                db[j] += dyi[j]
+        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
+            layernorm_row_backward(dy[i], x[i], gain, mean[i], rstd[i], dx[i], dgain[task], dbias[task])
+
+
+@helper
+def layernorm_row_backward(dy, x, gain, mean, rstd, dx, dgain, dbias):
+    real, width = x.dtype.type, x.dtype.type(x.size)
+    sum_h, sum_hx = real(0), real(0)
+    for j in range(x.size):
+        h = gain[j] * dy[j]
+        sum_h += h
+        sum_hx += h * (x[j] - mean)
+    mean_h, mean_hx = sum_h / width, sum_hx * rstd / width
+    for j in range(x.size):
+        normal = (x[j] - mean) * rstd
+        dx[j] = rstd * (gain[j] * dy[j] - mean_h - normal * mean_hx)
+        dgain[j] += dy[j] * normal
+        dbias[j] += dy[j]

@@ -8,10 +8,14 @@ over K runs in the same order however C is cut up, so the bits do not depend on 
 """
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.check import check
+from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel
 from kernels.simd import ROWS, columns, register_tile
 
@@ -38,18 +42,38 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
         a = np.broadcast_to(a, batch + a.shape[-2:])
     if b.ndim > 2 and b.shape[:-2] != batch:
         b = np.broadcast_to(b, batch + b.shape[-2:])
-    if k == 0:
-        return memory.zeros((*batch, m, n), a.dtype)
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
-        a = np.ascontiguousarray(a).reshape(-1, *a.shape[-2:])
-        b = np.ascontiguousarray(b).reshape(-1, *b.shape[-2:])
+        a, b = (np.ascontiguousarray(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (a, b))
         _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b)
     return c
 
 
-def _product(a, b, c, k, transpose_a, transpose_b):
-    """c = op(a) @ op(b), all 3-D; a or b may have a batch of one."""
+def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None,
+                   approximate: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what y was before the activation, for its backward.
+
+    approximate: None for no activation (both results are one array), else that of `gelu_forward`.
+    """
+    check("linear_forward", "x", x, (None, None))
+    check("linear_forward", "weight", weight, (None, x.shape[1]), like=x)
+    if bias is not None:
+        check("linear_forward", "bias", bias, weight.shape[:1], like=x)
+    before = memory.empty((len(x), len(weight)), x.dtype)
+    y = before if approximate is None else memory.empty(before.shape, x.dtype)
+    if y.size:
+        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias, None if y is before else y[None],
+                 bool(approximate))
+    return y, before
+
+
+def column_sum(x: np.ndarray) -> np.ndarray:
+    """The sum of the rows of x (N, C) -> (C,)."""
+    return matmul(np.ones((1, len(x)), x.dtype), x)[0]
+
+
+def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False):
+    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one."""
     count, m, n = c.shape
     width = columns(c.dtype)
     panels = -(-min(n, BLOCK_N) // width)
@@ -57,17 +81,18 @@ def _product(a, b, c, k, transpose_a, transpose_b):
     rows = -(-m // (blocks * ROWS)) * ROWS
     chunks = max(1, min(panels, TASKS // (count * -(-m // rows))))
     packed = memory.empty((len(b), panels, min(k, BLOCK_K) * width), c.dtype)
-    _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, packed)
+    none = c[:0]
+    _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed, none[:, 0, 0] if bias is None else bias,
+              none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, packed):
+def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed, bias, activated, approximate):
     count, m, n = c.shape
-    width = packed.shape[2] // min(k, BLOCK_K)
     row_blocks = (m + rows - 1) // rows
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
-        for k0 in range(0, k, BLOCK_K):
+        for k0 in range(0, max(k, 1), BLOCK_K):
             depth = min(BLOCK_K, k - k0)
             for task in prange(len(b) * panels):
                 pack_columns(b[task // panels], packed[task // panels, task % panels], k0, depth,
@@ -75,9 +100,13 @@ def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, packed):
             for task in prange(count * row_blocks * chunks):
                 batch, rest = task // (row_blocks * chunks), task % (row_blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
+                i0, i1 = block * rows, min(m, block * rows + rows)
+                first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
                 multiply_block(a[batch if len(a) > 1 else 0], packed[batch if len(b) > 1 else 0], c[batch],
-                               block * rows, min(m, block * rows + rows), k0, depth, n0, width,
-                               panels * chunk // chunks, panels * (chunk + 1) // chunks, transpose_a)
+                               i0, i1, k0, depth, n0, width, first, last, transpose_a)
+                if k0 + depth == k and (bias.size or len(activated)):
+                    finish_block(c[batch], bias, activated[batch:batch + 1], approximate,
+                                 i0, i1, n0 + first * width, min(n, n0 + last * width))
 
 
 @helper
@@ -120,6 +149,18 @@ def pack_rows(a, panel, i0, i1, k0, depth, transposed):
     for p in range(depth):
         for i in range(height, ROWS):
             panel[p * ROWS + i] = 0
+
+
+@helper
+def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
+    """Bias and activation of rows i0 to i1 and columns j0 to j1, while they are in the cache."""
+    for i in range(i0, i1):
+        row = c[i, j0:j1]
+        if bias.size:
+            for j in range(j1 - j0):
+                row[j] += bias[j0 + j]
+        if len(activated):
+            gelu_row(row, activated[0, i, j0:j1], approximate)
 
 
 @helper

@@ -53,32 +53,52 @@ def log_softmax_backward(dz: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 @kernel
 def _softmax_forward(x, y, tasks):
-    rows, width = x.shape
     for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            xi, yi = x[i], y[i]
-            top = row_max(xi, 0, width)
-            total = xi.dtype.type(0)
-            for j in range(width):
-                e = exp(xi[j] - top)
-                yi[j] = e
-                total += e
-            scale = xi.dtype.type(1) / total
-            for j in range(width):
-                yi[j] *= scale
+        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
+            softmax_row(x[i], y[i])
+
+
+@helper
+def softmax_row(x, y):
+    top = row_max(x, 0, x.size)
+    total = x.dtype.type(0)
+    for j in range(x.size):
+        e = exp(x[j] - top)
+        y[j] = e
+        total += e
+    scale = x.dtype.type(1) / total
+    for j in range(x.size):
+        y[j] *= scale
 
 
 @kernel
 def _softmax_backward(dy, y, dx, tasks):
-    rows, width = y.shape
     for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            dyi, yi, dxi = dy[i], y[i], dx[i]
-            total = yi.dtype.type(0)
-            for j in range(width):
-                total += dyi[j] * yi[j]
-            for j in range(width):
-                dxi[j] = yi[j] * (dyi[j] - total)
+        for i in range(len(y) * task // tasks, len(y) * (task + 1) // tasks):
+            softmax_row_backward(dy[i], y[i], dx[i])
+
+
+@helper
+def softmax_row_backward(dy, y, dx):
+    total = y.dtype.type(0)
+    for j in range(y.size):
+        total += dy[j] * y[j]
+    for j in range(y.size):
+        dx[j] = y[j] * (dy[j] - total)
+
+
+@kernel
+def _log_softmax_forward(x, z, tasks):
+    for task in prange(tasks):
+        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
+            log_softmax_row(x[i], z[i])
+
+
+@helper
+def log_softmax_row(x, z):
+    norm = log_sum_exp(x)
+    for j in range(x.size):
+        z[j] = x[j] - norm
 
 
 @helper
@@ -94,24 +114,16 @@ def log_sum_exp(x):
 
 
 @kernel
-def _log_softmax_forward(x, z, tasks):
-    rows, width = x.shape
-    for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            xi, zi = x[i], z[i]
-            norm = log_sum_exp(xi)
-            for j in range(width):
-                zi[j] = xi[j] - norm
-
-
-@kernel
 def _log_softmax_backward(dz, z, dx, tasks):
-    rows, width = z.shape
     for task in prange(tasks):
-        for i in range(rows * task // tasks, rows * (task + 1) // tasks):
-            dzi, zi, dxi = dz[i], z[i], dx[i]
-            total = zi.dtype.type(0)
-            for j in range(width):
-                total += dzi[j]
-            for j in range(width):
-                dxi[j] = dzi[j] - exp(zi[j]) * total
+        for i in range(len(z) * task // tasks, len(z) * (task + 1) // tasks):
+            log_softmax_row_backward(dz[i], z[i], dx[i])
+
+
+@helper
+def log_softmax_row_backward(dz, z, dx):
+    total = z.dtype.type(0)
+    for j in range(z.size):
+        total += dz[j]
+    for j in range(z.size):
+        dx[j] = dz[j] - exp(z[j]) * total

@@ -30,8 +30,8 @@ def matmul(x, y):
     ValueError if the inner sizes differ, the leading axes do not broadcast, or an operand has no axes.
     """
     x, y = _alike("matmul", (x, y))
-    if not (np.ndim(x) and np.ndim(y)):
-        raise ValueError(f"matmul: x is {np.shape(x)}, y is {np.shape(y)}; to scale by a number, use *")
+    if not (x.ndim and y.ndim):
+        raise ValueError(f"matmul: x is {x.shape}, y is {y.shape}; to scale by a number, use *")
     if y.ndim == 1 and x.shape[-1] == y.shape[0]:
         return np.squeeze(matmul(x, np.expand_dims(y, 1)), axis=-1)
     if x.ndim == 1 and y.ndim > 1 and x.shape[0] == y.shape[-2]:
@@ -54,9 +54,9 @@ def matmul(x, y):
 def dot(x, y):
     """x @ y for operands of up to two axes, x * y where one has none."""
     x, y = _alike("dot", (x, y))
-    if np.ndim(x) > 2 or np.ndim(y) > 2:
+    if x.ndim > 2 or y.ndim > 2:
         raise ValueError(f"dot: x is {x.shape}, y is {y.shape}; for more than two axes use matmul or einsum")
-    return np.matmul(x, y) if np.ndim(x) and np.ndim(y) else x * y
+    return np.matmul(x, y) if x.ndim and y.ndim else x * y
 
 @implements(np.outer)
 def outer(x, y):
@@ -72,10 +72,12 @@ def einsum(subscripts, *operands):
     """Einstein's sum: each letter names an axis, and letters missing from the output are summed over.
 
     subscripts: "ij,jk->ik"; without "->" the output has the letters that occur once, in alphabetic order.
-    "..." stands for axes that broadcast; a letter twice in one operand is its diagonal. Operands are contracted
-    from left to right, a pair at a time. ValueError if the subscripts do not fit the operands.
+    "..." stands for axes that broadcast; a letter twice in one operand is a diagonal. Operands are contracted
+    in pairs, from left to right. ValueError if the subscripts do not fit the operands.
     """
-    operands = [x if np.ndim(x) else np.reshape(x, ()) for x in _alike("einsum", operands)]
+    if not isinstance(subscripts, str):
+        raise TypeError(f"einsum: subscripts is {subscripts!r}; give a string, as in 'ij,jk->ik'")
+    operands = _alike("einsum", operands)
     terms, output = _parse(subscripts, [x.shape for x in operands])
     sizes = _sizes(subscripts, terms, operands)
     x, labels = _distinct(operands[0], terms[0], sizes)
@@ -85,13 +87,11 @@ def einsum(subscripts, *operands):
     x, labels = _sum_out(x, labels, set(output))
     return np.transpose(x, [labels.index(label) for label in output])
 
-def _parse(subscripts: Any, shapes: list[tuple[int, ...]]) -> tuple[list[list[str]], list[str]]:
+def _parse(subscripts: str, shapes: list[tuple[int, ...]]) -> tuple[list[list[str]], list[str]]:
     """The labels of each operand's axes and of the output's: letters, and "-2", "-1" for those of "..."."""
     def fail(reason: str) -> ValueError:
         return ValueError(f"einsum: {subscripts!r} for operands of shapes {shapes}: {reason}")
 
-    if not isinstance(subscripts, str):
-        raise TypeError(f"einsum: subscripts is {subscripts!r}; give a string, as in 'ij,jk->ik'")
     left, arrow, right = subscripts.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(shapes):

@@ -26,7 +26,7 @@ def _alike(name: str, operands: Sequence) -> list:
     """The operands as arrays and Tensors of one dtype: what is no Tensor follows those that are."""
     dtype = _common_dtype(name, tuple(operands))
     if dtype is None:
-        return [x if isinstance(x, (bool, int, float)) else np.asarray(x) for x in operands]
+        return list(operands)
     return [x if isinstance(x, Tensor) else np.asarray(_weak(x, dtype), dtype) for x in operands]
 
 
@@ -59,7 +59,7 @@ def power(x, y):
     def dx(g):                                              # y x^(y-1), and 0 for the constant x^0 at x = 0
         constant = np.equal(x, 0) & np.equal(y, 0)
         exponent = np.where(constant, 1, y - 1).astype(x.dtype) if np.any(constant) else y - 1
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return g * (y * x ** exponent)
 
     def dy(g):                                              # x^y log x
@@ -329,7 +329,7 @@ def _constant(function: Callable) -> Callable:
         return Tensor(function(*map(_values, inputs), **options))
     return constant
 
-_PLAIN: tuple[Callable, ...] = (                            # of a Tensor's values: the result is a plain array
+_PLAIN: tuple[Callable, ...] = (                            # of a Tensor's values: they give a plain array
     np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal, np.logical_not,
     np.isfinite, np.isnan, np.isinf, np.sign, np.floor, np.ceil, np.rint, np.round, np.around,
     np.isclose, np.allclose, np.array_equal, np.any, np.all, np.count_nonzero,

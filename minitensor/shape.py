@@ -1,11 +1,12 @@
 """Ops that move elements and compute nothing: shapes, axes, joining, indexing.
 
-Each vjp moves the gradient back the same way. `getitem` and `scatter` are each other's vjp, and what else picks
-elements (split, repeat) is composed of them.
+Each vjp moves the gradient back the same way. `getitem` and `scatter` are each other's vjp, and what else
+picks elements is composed of them.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,9 @@ def flip(x, axis=None):
 def _parts(index: Any) -> tuple:
     return index if isinstance(index, tuple) else (index,)
 
+def _is_basic(i: Any) -> bool:
+    return i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer))
+
 @op(tensor.getitem)
 def getitem(x, index):
     """x[index], by all of numpy's indices; an element that is taken twice gets both gradients."""
@@ -81,33 +85,35 @@ def getitem(x, index):
 def scatter(g, index, shape):
     """The adjoint of getitem: zeros of shape, with g added at index."""
     value = np.zeros(shape, g.dtype)
-    if any(isinstance(i, (list, np.ndarray)) and np.asarray(i).dtype != bool for i in _parts(index)):
-        np.add.at(value, index, _values(g))                 # an element may be named more than once
-    else:
+    if all(_is_basic(i) or np.asarray(i).dtype == bool for i in _parts(index)):
         value[index] = _values(g)
+    else:                                                   # an array of integers may name an element twice
+        np.add.at(value, index, _values(g))
     return value, lambda h: h[index]
 
 @implements(np.array_split)
 def array_split(x, indices_or_sections, axis=0):
-    """x cut along axis: before the given indices, or into so many parts, the first longer by one if need be."""
-    return _pieces(x, np.array_split(np.arange(x.shape[axis]), indices_or_sections), axis)
+    """x cut along axis: before the given indices, or into so many parts, as equal as can be."""
+    return _pieces(np.array_split, x, indices_or_sections, axis)
 
 @implements(np.split)
 def split(x, indices_or_sections, axis=0):
     """x cut along axis: before the given indices, or into so many parts (ValueError if not of one length)."""
-    return _pieces(x, np.split(np.arange(x.shape[axis]), indices_or_sections), axis)
+    return _pieces(np.split, x, indices_or_sections, axis)
 
-def _pieces(x: Any, positions: list, axis: int) -> list:
-    before = (slice(None),) * normalize_axis_index(axis, x.ndim)
-    return [x[(*before, slice(p[0], p[-1] + 1) if len(p) else slice(0, 0))] for p in positions]
+def _pieces(cut: Callable, x: Any, indices_or_sections: Any, axis: int) -> list:
+    axis = normalize_axis_index(axis, x.ndim)
+    ranges = [slice(p[0], p[-1] + 1) if len(p) else slice(0, 0)
+              for p in cut(np.arange(x.shape[axis]), indices_or_sections)]
+    return [x[(slice(None),) * axis + (part,)] for part in ranges]
 
 @implements(np.repeat)
 def repeat(x, repeats, axis=None):
-    """Each element along axis (of the flattened x for None) repeats times in a row; repeats may be an array."""
+    """Each element along axis (of the flattened x for None) repeats times in a row; repeats may vary."""
     if axis is None:
         x, axis = np.ravel(x), 0
-    before = (slice(None),) * normalize_axis_index(axis, x.ndim)
-    return x[(*before, np.repeat(np.arange(x.shape[axis]), repeats))]
+    axis = normalize_axis_index(axis, x.ndim)
+    return x[(slice(None),) * axis + (np.repeat(np.arange(x.shape[axis]), repeats),)]
 
 
 # ---- joining and filling -----------------------------------------------------------------------------------
@@ -136,14 +142,14 @@ def pad(x, pad_width, mode="constant", *, constant_values=0):
     """x in a frame of constant_values; pad_width is n, (before, after), or one such pair for each axis."""
     if mode != "constant":
         raise ValueError(f"pad: mode is {mode!r}; only 'constant' has an op that can be differentiated")
-    widths = np.broadcast_to(pad_width, (x.ndim, 2)).tolist()
-    inside = tuple(slice(before, before + n) for (before, _), n in zip(widths, x.shape, strict=True))
-    return np.pad(x, widths, constant_values=constant_values), lambda g: g[inside]
+    before = np.broadcast_to(pad_width, (x.ndim, 2))[:, 0]
+    inside = tuple(slice(start, start + n) for start, n in zip(before, x.shape, strict=True))
+    return np.pad(x, pad_width, constant_values=constant_values), lambda g: g[inside]
 
 @implements(np.tile)
 def tile(x, reps):
     """x laid out reps times along each axis, as numpy's tile."""
-    reps = (reps,) if isinstance(reps, int) else tuple(reps)
+    reps = tuple(np.atleast_1d(reps).tolist())
     ndim = max(len(reps), x.ndim)
     reps, shape = (1,) * (ndim - len(reps)) + reps, (1,) * (ndim - x.ndim) + x.shape
     x = np.reshape(x, [k for n in shape for k in (1, n)])

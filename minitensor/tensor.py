@@ -315,7 +315,7 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
     def send(x: Tensor, g: Any, owned: bool) -> None:
         if id(x) in pending:
             _, before, owned_before = pending[id(x)]
-            if owned_before and not create_graph:
+            if owned_before and not create_graph and isinstance(before, np.ndarray):    # not a numpy scalar
                 g = np.add(before, g, out=before)
             else:
                 g = before + g

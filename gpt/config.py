@@ -1,0 +1,64 @@
+"""What a run is: one frozen record, from whose fields the command line is made, and the recipes by name."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpt.errors import BadInput
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model, its training and its seed; BadInput names the first field that cannot be."""
+    layers: int = _option(4, "blocks of attention and MLP")
+    heads: int = _option(4, "attention heads; they divide the width")
+    width: int = _option(128, "width of the residual stream, C")
+    context: int = _option(64, "tokens that the model sees at once, T")
+    dropout: float = _option(0.0, "probability of dropping an activation, in [0, 1)")
+    bias: bool = _option(False, "biases in linear layers and layernorms")
+    batch: int = _option(12, "windows in a step, B")
+    steps: int = _option(2000, "steps of training")
+    lr: float = _option(1e-3, "learning rate after the warm-up")
+    min_lr: float = _option(1e-4, "learning rate at the end of the cosine")
+    warmup: int = _option(100, "steps over which the learning rate rises")
+    beta1: float = _option(0.9, "AdamW: decay of the mean of gradients")
+    beta2: float = _option(0.99, "AdamW: decay of the mean of their squares")
+    decay: float = _option(0.1, "AdamW: weight decay of matrices")
+    clip: float = _option(1.0, "norm to which gradients are clipped")
+    eval_every: int = _option(250, "steps between two evaluations")
+    seed: int = _option(1337, "of weights, batches and dropout")
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("min_lr", "decay"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
+        for name in ("dropout", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("warmup", self.warmup >= 0, "at least 0")
+        self._require("seed", 0 <= self.seed < 2**63, "in 0 to 2**63 - 1")
+        self._require("heads", self.width % self.heads == 0, f"a divisor of the width, {self.width}")
+
+    def _require(self, name: str, condition: bool, wanted: str) -> None:
+        if not condition:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
+
+
+RECIPES = {
+    "classic": Config(),                                                    # nanoGPT's recipe for a CPU
+    "lecture": Config(layers=6, heads=6, width=384, context=256, dropout=0.2, bias=True, batch=64, steps=5000, lr=3e-4,
+                      min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),   # the scaled-up GPT
+}
+
+
+def fields() -> tuple[dataclasses.Field, ...]:
+    """The fields of Config, each with its default and its help."""
+    return dataclasses.fields(Config)

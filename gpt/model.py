@@ -1,0 +1,89 @@
+"""The GPT: GPT-2's block as nanoGPT has it. Read from the top down in the order in which data flows.
+Sources: Radford et al. 2019; Karpathy, nanoGPT.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+import minitensor as mt
+from gpt.config import Config
+from minitensor import nn
+from minitensor.random import generator
+
+
+class GPT(nn.Module):
+    """Logits for the token after each: ids (B, T) with T up to the context -> (B, T, V), V the vocabulary's size."""
+
+    def __init__(self, config: Config, vocabulary: int):
+        self.config = config
+        self.tokens = nn.Embedding(vocabulary, config.width)
+        self.positions = mt.Tensor(np.empty((config.context, config.width), np.float32), requires_grad=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = [Block(config) for _ in range(config.layers)]
+        self.norm = nn.LayerNorm(config.width, config.bias)
+        self.head = nn.Linear(config.width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight                               # tied
+        self._initialise()
+
+    def forward(self, ids: np.ndarray) -> Any:
+        T = ids.shape[-1]
+        if T > self.config.context:
+            raise ValueError(f"GPT: ids are {ids.shape}; the context holds {self.config.context} tokens at the most")
+        x = self.dropout(self.tokens(ids) + self.positions[:T])             # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))                                      # (B, T, V)
+
+    def _initialise(self) -> None:
+        """Matrices from N(0, 0.02), those that write to the residual stream smaller by √(2 layers); biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("projection.weight", "down.weight"))
+                deviation = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                parameter.data[...] = deviation * generator().standard_normal(parameter.shape, np.float32)
+            elif name.endswith("bias"):
+                parameter.data[...] = 0
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on the normalised stream and added to it."""
+
+    def __init__(self, config: Config):
+        self.norm1 = nn.LayerNorm(config.width, config.bias)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention of several heads."""
+
+    def __init__(self, config: Config):
+        self.heads, self.p = config.heads, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, config.bias)
+        self.projection = nn.Linear(config.width, config.width, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        qkv = self.qkv(x)                                                   # (B, T, 3C)
+        y = mt.attention(qkv, self.heads, p=self.p if self.training else 0.0)   # (B, T, C)
+        return self.dropout(self.projection(y))
+
+
+class MLP(nn.Module):
+    """Each token on its own: four times as wide, GELU, and back."""
+
+    def __init__(self, config: Config):
+        self.up = nn.Linear(config.width, 4 * config.width, config.bias)
+        self.down = nn.Linear(4 * config.width, config.width, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.down(self.up(x, activation="gelu")))

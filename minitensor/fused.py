@@ -1,0 +1,264 @@
+"""Fused ops: one kernel forward and one backward each, beside its reference, the same function in primitive ops.
+
+The reference is what the kernel is tested against, what runs under `create_graph=True`, and what `unfused()` shows.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+import kernels
+from minitensor.ops import erf, logsumexp, tanh
+from minitensor.random import next_seed
+from minitensor.tensor import fused
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """x as a C-contiguous matrix (N, C) of its last axis."""
+    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+# ---- linear ---------------------------------------------------------------------------------------------------------
+
+def _linear_reference(x, weight, bias=None, *, activation=None):
+    y = np.matmul(x, np.transpose(weight))
+    y = y if bias is None else y + bias
+    return y if activation is None else _gelu_reference(y, approximate=_approximate(activation))
+
+
+@fused(reference=_linear_reference)
+def linear(x, weight, bias=None, *, activation=None):
+    """x weightᵀ + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
+
+    activation: None, "gelu" or "gelu_tanh", applied while the product is still in the cache.
+    """
+    if x.ndim == 0 or x.shape[-1] != weight.shape[-1] or weight.ndim != 2:
+        raise ValueError(f"linear: inner sizes differ: x is {x.shape}, weight is {weight.shape}; "
+                         "x.shape[-1] must equal weight.shape[1]")
+    rows, shape = _rows(x), (*x.shape[:-1], len(weight))
+    weight = np.ascontiguousarray(weight)
+    approximate = _approximate(activation)
+    y, before = kernels.linear_forward(rows, weight, bias, approximate)
+
+    def product_grads(g: np.ndarray) -> tuple:
+        return (kernels.matmul(g, weight).reshape(x.shape), kernels.matmul(g, rows, transpose_a=True),
+                None if bias is None else kernels.column_sum(g))
+
+    if activation is not None:
+        return y.reshape(shape), lambda g: product_grads(kernels.gelu_backward(_rows(g), before, approximate))
+    return y.reshape(shape), (lambda g: kernels.matmul(_rows(g), weight).reshape(x.shape),
+                              lambda g: kernels.matmul(_rows(g), rows, transpose_a=True),
+                              lambda g: kernels.column_sum(_rows(g)))
+
+
+def _approximate(activation: str | None) -> bool | None:
+    if activation not in (None, "gelu", "gelu_tanh"):
+        raise ValueError(f"linear: activation is {activation!r}; it must be None, 'gelu' or 'gelu_tanh'")
+    return None if activation is None else activation == "gelu_tanh"
+
+
+# ---- gelu -----------------------------------------------------------------------------------------------------------
+
+def _gelu_reference(x, *, approximate=False):
+    if approximate:
+        return x * (0.5 * (1 + tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))))
+    return x * (0.5 * (1 + erf(x * math.sqrt(0.5))))
+
+
+@fused(reference=_gelu_reference)
+def _gelu(x, *, approximate):
+    rows = np.ascontiguousarray(x)
+    return (kernels.gelu_forward(rows, approximate),
+            lambda g: kernels.gelu_backward(np.ascontiguousarray(g), rows, approximate))
+
+
+def gelu(x, approximate="none"):
+    """x Φ(x), where Φ is the normal distribution function; approximate: "none" or "tanh", as in GPT-2."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return _gelu(x, approximate=approximate == "tanh")
+
+
+# ---- layernorm ------------------------------------------------------------------------------------------------------
+
+def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    normal = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return normal * weight if bias is None else normal * weight + bias
+
+
+@fused(reference=_layernorm_reference)
+def layernorm(x, weight, bias=None, *, eps=1e-5):
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift: x (..., C), weight and bias (C,)."""
+    rows = _rows(x)
+    y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)
+
+    def vjp(g):
+        dx, dweight, dbias = kernels.layernorm_backward(_rows(g), rows, weight, mean, rstd)
+        return dx.reshape(x.shape), dweight, dbias
+    return y.reshape(x.shape), vjp
+
+
+# ---- softmax --------------------------------------------------------------------------------------------------------
+
+def _softmax_reference(x):
+    e = np.exp(x - np.max(x.numpy(), axis=-1, keepdims=True))    # the shift cancels, so it can be a constant
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+@fused(reference=_softmax_reference)
+def _softmax(x):
+    y = kernels.softmax_forward(_rows(x))
+    return y.reshape(x.shape), lambda g: kernels.softmax_backward(_rows(g), y).reshape(g.shape)
+
+
+def _log_softmax_reference(x):
+    return x - logsumexp(x, axis=-1, keepdims=True)
+
+
+@fused(reference=_log_softmax_reference)
+def _log_softmax(x):
+    z = kernels.log_softmax_forward(_rows(x))
+    return z.reshape(x.shape), lambda g: kernels.log_softmax_backward(_rows(g), z).reshape(g.shape)
+
+
+def softmax(x, axis=-1):
+    """exp(x) / Σ exp(x) along one axis, without overflow."""
+    return _along(_softmax, x, axis)
+
+
+def log_softmax(x, axis=-1):
+    """The logarithm of softmax along one axis, without overflow or underflow."""
+    return _along(_log_softmax, x, axis)
+
+
+def _along(function, x, axis):
+    if axis in (-1, x.ndim - 1):
+        return function(x)
+    return np.swapaxes(function(np.swapaxes(x, axis, -1)), axis, -1)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+def _attention_reference(qkv, heads, *, causal, p, seed):
+    batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = (np.swapaxes(np.reshape(x, (batch, time, heads, width // heads)), 1, 2)
+               for x in np.split(qkv, 3, axis=2))                                  # (B, H, T, D)
+    scores = np.matmul(q, np.swapaxes(k, 2, 3)) * (1 / math.sqrt(width // heads))  # (B, H, T, T)
+    if causal:
+        scores = np.where(np.tri(time, dtype=bool), scores, -np.inf)
+    weights = _softmax_reference(scores)
+    if p:
+        kept = kernels.dropout_mask(batch * heads * time, time, p, seed).reshape(weights.shape)
+        weights = np.where(kept, weights * (1 / (1 - p)), 0.0)
+    return np.reshape(np.swapaxes(np.matmul(weights, v), 1, 2), (batch, time, width))
+
+
+@fused(reference=_attention_reference)
+def _attention(qkv, heads, *, causal, p, seed):
+    qkv = np.ascontiguousarray(qkv)
+    out, norms = kernels.attention_forward(qkv, heads, causal, p, seed)
+    return out, lambda g: kernels.attention_backward(np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed)
+
+
+def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
+    """softmax(q kᵀ / √D) v for each head, on packed queries, keys and values: qkv (B, T, 3C) -> (B, T, C).
+
+    heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and earlier
+    ones. p: dropout of the attention weights; seed: of its mask, the next of `minitensor.seed`'s if left out.
+    """
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"attention: qkv is {qkv.shape}; it must be (B, T, 3C) with {heads} heads dividing C")
+    return _attention(qkv, heads, causal=causal, p=p, seed=next_seed() if seed is None and p else seed or 0)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+def _dropout_reference(x, *, p, seed):
+    return np.where(kernels.flat_mask(x.shape, p, seed), x * (1 / (1 - p)), 0.0)
+
+
+@fused(reference=_dropout_reference)
+def _dropout(x, *, p, seed):
+    return (kernels.dropout(np.ascontiguousarray(x), p, seed),
+            lambda g: kernels.dropout(np.ascontiguousarray(g), p, seed))
+
+
+def dropout(x, p, seed=None):
+    """Each element is 0 with probability p, else divided by 1 - p; the mask is a hash of (seed, position).
+
+    seed: the next of `minitensor.seed`'s if left out. ValueError unless 0 <= p < 1.
+    """
+    if p == 0:
+        return x
+    kernels.keep_below(p)                                            # raises for a p out of range
+    return _dropout(x, p=p, seed=next_seed() if seed is None else seed)
+
+
+# ---- embedding ------------------------------------------------------------------------------------------------------
+
+def _embedding_reference(ids, weight):
+    return weight[ids]
+
+
+@fused(reference=_embedding_reference)
+def embedding(ids, weight):
+    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError for an id outside 0 to V - 1."""
+    ids = _integers("embedding", "ids", ids)
+    flat = ids.reshape(-1)
+    y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
+    return (y.reshape(*ids.shape, weight.shape[1]),
+            (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
+
+
+def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
+    ids = np.ascontiguousarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers")
+    return ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
+
+
+# ---- cross-entropy --------------------------------------------------------------------------------------------------
+
+def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
+    targets = np.asarray(targets)
+    counted = targets != ignore_index
+    safe = np.where(counted, targets, 0)
+    picked = _log_softmax_reference(logits)[(*np.indices(targets.shape, sparse=True), safe)]
+    losses = np.where(counted, -picked, 0.0)
+    if reduction == "none":
+        return losses
+    return np.sum(losses) * (1.0 if reduction == "sum" else _inverse(counted.sum()))
+
+
+@fused(reference=_cross_entropy_reference)
+def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
+    """-log softmax(logits)[target], in nats: logits (..., V), targets (...) integers -> a scalar, or (...).
+
+    Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
+    IndexError for any other target outside 0 to V - 1.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    targets = _integers("cross_entropy", "targets", targets)
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy: logits are {logits.shape}, targets are {targets.shape}; "
+                         "targets.shape must equal logits.shape[:-1]")
+    rows, flat = _rows(logits), targets.reshape(-1)
+    losses, norms = kernels.cross_entropy_forward(rows, flat, ignore_index)
+    scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
+
+    def vjp(g):
+        dlosses = np.ascontiguousarray(np.broadcast_to(g * logits.dtype.type(scale), targets.shape)).reshape(-1)
+        return kernels.cross_entropy_backward(dlosses, rows, flat, norms, ignore_index).reshape(logits.shape)
+
+    if reduction == "none":
+        return losses.reshape(targets.shape), (vjp,)
+    return losses.sum() * logits.dtype.type(scale), (vjp,)
+
+
+def _inverse(count: int) -> float:
+    return 1 / int(count) if count else math.nan
+

@@ -1,0 +1,102 @@
+"""Optimizers, clipping and the learning-rate schedule."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+import kernels
+from minitensor.tensor import Tensor
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all gradients taken together, summed in float64."""
+    return math.sqrt(sum(kernels.sum_of_squares(np.ascontiguousarray(p.grad.data))
+                         for p in parameters if p.grad is not None))
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """The factor that brings gradients of this norm down to max_norm; 1 if they are within."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients in place so that their norm is at most max_norm; returns the norm before."""
+    parameters = list(parameters)
+    norm = grad_norm(parameters)
+    scale = clip_scale(norm, max_norm)
+    for p in parameters:
+        if p.grad is not None and scale < 1:
+            p.grad.data *= p.grad.dtype.type(scale)
+    return norm
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
+    """The learning rate of a step counted from 0: linear from 0 up to lr, then half a cosine down to min_lr."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Optimizer:
+    """What the optimizers share: the parameters, the learning rate, and forgetting gradients."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float):
+        self.parameters = list(parameters)
+        self.lr = lr
+        if not self.parameters:
+            raise ValueError(f"{type(self).__name__}: there are no parameters")
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for p in self.parameters:
+            p.grad = None
+
+
+class SGD(_Optimizer):
+    """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch)."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.0):
+        super().__init__(parameters, lr)
+        self.momentum = momentum
+        self.buffers: list[np.ndarray | None] = [None] * len(self.parameters)
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            g = p.grad.data
+            if self.momentum:
+                before = self.buffers[i]
+                g = self.buffers[i] = g.copy() if before is None else self.momentum * before + g
+            p.data -= self.lr * g
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled weight decay on matrices only (two axes or more): gains and biases do not decay.
+    Source: Loshchilov, Hutter 2019.
+
+    max_norm: gradients are clipped to this norm, all taken together, on their way into the update.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.01, max_norm: float | None = None):
+        super().__init__(parameters, lr)
+        self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
+        self.steps = 0
+        self.first = [np.zeros_like(p.data) for p in self.parameters]
+        self.second = [np.zeros_like(p.data) for p in self.parameters]
+
+    def step(self) -> float | None:
+        """Update every parameter that has a gradient; the norm of the gradients before clipping, if there is any."""
+        norm = None if self.max_norm is None else grad_norm(self.parameters)
+        scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
+        self.steps += 1
+        for p, first, second in zip(self.parameters, self.first, self.second, strict=True):
+            if p.grad is not None:
+                kernels.adamw(p.data, np.ascontiguousarray(p.grad.data), first, second, self.steps, self.lr,
+                              *self.betas, self.eps, self.weight_decay if p.ndim > 1 else 0.0, scale)
+        return norm
