@@ -1,5 +1,6 @@
 """Checkpoints: named arrays and a few strings in one safetensors file, whole or not there at all."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gpt.config import Config
 from gpt.data import replacing
 from gpt.errors import BadInput
+from gpt.model import GPT
+from gpt.tokenizer import CharTokenizer
 
 Array = NDArray[Any]
 FORMAT = {"format": "minitensor-gpt", "version": "1"}
@@ -92,3 +96,24 @@ def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error.strerror if isinstance(error, OSError) and error.strerror else error).split())
+
+
+# ---- a model and its tokenizer ------------------------------------------------------------------------------------
+
+def save_model(path: str | PathLike[str], model: GPT, tokenizer: CharTokenizer, step: int) -> None:
+    """Write a model, its config and its tokenizer: all that `load_model` needs. Raises BadInput as `save`."""
+    metadata = {"config": json.dumps(dataclasses.asdict(model.config)), "tokenizer": tokenizer.to_json(),
+                "step": str(step)}
+    save(path, model.state_dict(), metadata)
+
+
+def load_model(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
+    """Return the model and the tokenizer that `save_model` wrote; BadInput for anything else."""
+    arrays, metadata = load(path)
+    try:
+        tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
+        model = GPT(Config(**json.loads(metadata["config"])), len(tokenizer))
+        model.load_state_dict(arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{os.fspath(path)!r}: not a model of this program: {_line(error)}") from error
+    return model, tokenizer

@@ -1,7 +1,6 @@
 """What a run is: one frozen record, from whose fields the command line is made, and the recipes by name."""
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ class Config:
     beta2: float = _option(0.99, "AdamW: decay of the mean of their squares")
     decay: float = _option(0.1, "AdamW: weight decay of matrices")
     clip: float = _option(1.0, "norm to which gradients are clipped")
-    eval_every: int = _option(250, "steps between two evaluations")
+    eval_every: int = _option(500, "steps between two evaluations on the whole validation split")
     seed: int = _option(1337, "of weights, batches and dropout")
 
     def __post_init__(self) -> None:
@@ -58,7 +57,3 @@ RECIPES = {
                       min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),   # the scaled-up GPT
 }
 
-
-def fields() -> tuple[dataclasses.Field, ...]:
-    """The fields of Config, each with its default and its help."""
-    return dataclasses.fields(Config)

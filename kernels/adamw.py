@@ -41,7 +41,8 @@ def sum_of_squares(x: np.ndarray) -> float:
 
 @kernel
 def _adamw(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         i, j = p.size * task // tasks, p.size * (task + 1) // tasks
         adamw_part(p[i:j], g[i:j], m[i:j], v[i:j], shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps)
 
@@ -58,7 +59,8 @@ def adamw_part(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root
 @kernel
 def _sum_of_squares(x, partial):
     tasks = partial.size
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         partial[task] = squares_part(x[x.size * task // tasks:x.size * (task + 1) // tasks])
 
 

@@ -29,8 +29,8 @@ from kernels import memory
 from kernels.check import check
 from kernels.dropout import U32, U64, keep_below, kept, row_key
 from kernels.elementary import exp
-from kernels.jit import helper, kernel
-from kernels.simd import ROWS, columns, register_tile, row_max
+from kernels.jit import helper, kernel, mover
+from kernels.simd import ROWS, columns, out_of_line, register_tile, row_max
 
 QUERIES = -(-48 // ROWS) * ROWS              # queries in a block: whole register tiles
 
@@ -48,12 +48,12 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
     if out.size:
         tile = columns(qkv.dtype)
         padded, keys = _round_up(depth, tile), _round_up(48, tile)
-        scratch = _scratch(qkv.dtype, _round_up(time, keys) * (depth + padded)
-                           + QUERIES * (depth + keys + padded + 2))
+        key_rows = _round_up(time, keys)
         real = qkv.dtype.type
-        _attention_forward(qkv.reshape(batch, time, 3 * heads, depth), out.reshape(batch, time, heads, depth), norms,
-                           causal, real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)), U64(seed),
-                           tile, padded, keys, scratch)
+        _attention_forward(qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), heads, depth, causal,
+                           real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)), U64(seed), tile, padded, keys,
+                           *_scratch(qkv.dtype, key_rows * depth, key_rows * padded, QUERIES * depth, QUERIES * keys,
+                                     QUERIES * padded, 2 * QUERIES))
     return out, norms
 
 
@@ -67,16 +67,15 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
     dqkv = memory.empty(qkv.shape, qkv.dtype)
     if dqkv.size:
         tile = columns(qkv.dtype)
-        padded, keys = _round_up(depth, tile), _round_up(48, tile)
+        padded, keys, rows = _round_up(depth, tile), _round_up(48, tile), _round_up(time, QUERIES)
         key_rows = _round_up(keys, ROWS)
-        queries = _round_up(time, QUERIES)
-        scratch = _scratch(qkv.dtype, queries * (3 * padded + 1) + keys * (2 * depth + padded)
-                           + 2 * key_rows * padded + 2 * QUERIES * key_rows)
         real = qkv.dtype.type
-        split = (batch, time, heads, depth)
-        _attention_backward(dout.reshape(split), qkv.reshape(batch, time, 3 * heads, depth), out.reshape(split), norms,
-                            dqkv.reshape(batch, time, 3 * heads, depth), causal, real(1 / math.sqrt(depth)),
-                            keep_below(p), real(1 / (1 - p)), U64(seed), tile, padded, keys, key_rows, scratch)
+        _attention_backward(dout.reshape(-1), qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), dqkv.reshape(-1),
+                            heads, depth, causal, real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)),
+                            U64(seed), tile, padded, keys, key_rows,
+                            *_scratch(qkv.dtype, rows * padded, rows * padded, rows * padded, rows, keys * depth,
+                                      keys * depth, keys * padded, key_rows * padded, key_rows * padded,
+                                      QUERIES * key_rows, QUERIES * key_rows))
     return dqkv
 
 
@@ -92,227 +91,219 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _scratch(dtype: np.dtype, size: int) -> np.ndarray:
-    """A row of scratch for each thread."""
-    return memory.empty((numba.config.NUMBA_NUM_THREADS, _round_up(size, 16)), dtype)
+def _scratch(dtype: np.dtype, *sizes: int) -> list[np.ndarray]:
+    """Arrays of these sizes for each thread."""
+    return [memory.empty((numba.config.NUMBA_NUM_THREADS, size), dtype) for size in sizes]
 
 
 @kernel
-def _attention_forward(qkv, out, norms, causal, scale, limit, kept_scale, seed, tile, padded, keys, scratch):
-    batch, time, heads, depth = out.shape
-    for task in prange(batch * heads):
-        b, h = task // heads, task % heads
-        head_forward(qkv[b, :, h], qkv[b, :, heads + h], qkv[b, :, 2 * heads + h], out[b, :, h], norms[b, h], causal,
-                     scale, limit, kept_scale, seed, task * time, tile, padded, keys, scratch[numba.get_thread_id()])
+def _attention_forward(qkv, out, norms, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded, keys,
+                       key_panels, values, queries, scores, sums, tops):
+    for index in prange(len(norms)):
+        task = np.int64(index)
+        t = numba.get_thread_id()
+        head_forward(qkv, out, norms[task], task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
+                     keys, key_panels[t], values[t], queries[t], scores[t], sums[t], tops[t])
 
 
 @helper
-def head_forward(q, k, v, out, norms, causal, scale, limit, kept_scale, seed, mask_row, tile, padded, keys, s):
-    """One head of one sequence; s: scratch."""
-    time, depth = q.shape
-    rows = (time + keys - 1) // keys * keys
-    key_panels, s = s[:rows * depth], s[rows * depth:]
-    values, s = s[:rows * padded], s[rows * padded:]
-    pack_panels(k, 0, time, rows, tile, key_panels)
-    pack_padded(v, 0, time, rows, padded, norms.dtype.type(1), values)
+def head_forward(qkv, out, norms, task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded, keys,
+                 key_panels, values, queries, scores, sums, tops):
+    """One head of one sequence. Below norms and out come scratch: packed k, v, a block of q, its s, Σ p v, and m."""
+    time, width = norms.size, heads * depth
+    start = task // heads * time * 3 * width + task % heads * depth
+    one = norms.dtype.type(1)
+    blocks = (time + keys - 1) // keys
+    pack_panels(qkv, start + width, 3 * width, time, depth, blocks * keys, tile, key_panels)
+    pack_rows(qkv, start + 2 * width, 3 * width, time, depth, blocks * keys, padded, one, values)
     for i0 in range(0, time, QUERIES):
-        attend(q, out, norms, i0, causal, scale, limit, kept_scale, seed, mask_row, tile, padded, keys, key_panels,
-               values, s)
-
-
-@helper
-def attend(q, out, norms, i0, causal, scale, limit, kept_scale, seed, mask_row, tile, padded, keys, key_panels,
-           values, s):
-    """The outputs of the block of queries from i0 on."""
-    time, depth = q.shape
-    zero = norms.dtype.type(0)
-    queries, s = s[:QUERIES * depth], s[QUERIES * depth:]
-    scores, s = s[:QUERIES * keys], s[QUERIES * keys:]
-    sums, s = s[:QUERIES * padded], s[QUERIES * padded:]
-    top, total = s[:QUERIES], s[QUERIES:2 * QUERIES]
-    rows = min(QUERIES, time - i0)
-    pack_padded(q, i0, time, QUERIES, depth, scale, queries)
-    sums[:] = zero
-    top[:] = -math.inf
-    total[:] = zero
-    for j0 in range(0, min(time, i0 + rows) if causal else time, keys):
-        count = min(keys, time - j0)
-        multiply_panels(queries, depth, key_panels[j0 * depth:], depth, scores, keys, rows, count, tile,
-                        i0 - j0 if causal else time)
-        for i in range(rows):
-            row = scores[i * keys:(i + 1) * keys]
-            n = max(0, min(count, i0 + i + 1 - j0)) if causal else count
-            m = max(top[i], row_max(row, 0, n))
-            if m > -math.inf or n == 0:
-                shrink = exp(top[i] - m) if n else norms.dtype.type(1)
-                added = zero
-                for j in range(n):
-                    e = exp(row[j] - m)
-                    row[j] = e
-                    added += e
-            else:                            # scores of -inf or NaN alone
-                shrink = norms.dtype.type(1)
-                added = zero
-                for j in range(n):
-                    row[j] = row[j] - row[j] if row[j] != row[j] else zero
-                    added += row[j]
-            row[n:] = zero
-            if n:
-                top[i] = m
-                total[i] = total[i] * shrink + added
+        rows = min(QUERIES, time - i0)
+        pack_rows(qkv, start + i0 * 3 * width, 3 * width, rows, depth, QUERIES, depth, scale, queries)
+        sums[:] = 0
+        tops[:QUERIES] = -math.inf
+        tops[QUERIES:] = 0
+        for j0 in range(0, i0 + rows if causal else time, keys):
+            count = min(keys, time - j0)
+            diagonal = i0 - j0 if causal else time
+            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, keys, rows, count, tile, diagonal)
+            for i in range(rows):
+                n = max(0, min(count, i + 1 + diagonal))
+                shrink = weigh(scores, i * keys, n, tops, i)
                 for d in range(padded):
                     sums[i * padded + d] *= shrink
-            if kept_scale != norms.dtype.type(1):
-                drop(row, n, limit, kept_scale, seed, mask_row + i0 + i, j0)
-        for i in range(0, rows, ROWS):
-            n = min(count, i0 + i + ROWS - j0) if causal else count
-            for d in range(0, padded, tile):
-                if n > 0:
-                    register_tile(scores, i * keys, keys, 1, values, j0 * padded + d, padded,
-                                  sums, i * padded + d, padded, n, True)
-    for i in range(rows):
-        norms[i0 + i] = top[i] + norms.dtype.type(math.log(total[i]))
-        inverse = norms.dtype.type(1) / total[i]
-        for d in range(depth):
-            out[i0 + i, d] = sums[i * padded + d] * inverse
+                for j in range(n, keys):
+                    scores[i * keys + j] = 0
+                if kept_scale != one:
+                    drop(scores, i * keys, n, limit, kept_scale, seed, task * time + i0 + i, j0)
+            multiply_rows(scores, keys, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
+        for i in range(rows):
+            norms[i0 + i] = tops[i] + norms.dtype.type(math.log(tops[QUERIES + i]))
+            inverse = one / tops[QUERIES + i]
+            to = (task // heads * time + i0 + i) * width + task % heads * depth
+            for d in range(depth):
+                out[to + d] = sums[i * padded + d] * inverse
+
+
+@helper
+def weigh(scores, start, n, tops, i):
+    """p = exp(s - m) for n keys; m and Σ p of query i go on in tops. The factor by which earlier sums shrink."""
+    m = max(tops[i], row_max(scores, start, n))
+    zero = tops.dtype.type(0)
+    base = zero if m == -math.inf else m                 # scores of -inf alone: exp(s - 0) is 0
+    total = zero
+    for j in range(start, start + n):
+        e = exp(scores[j] - base)
+        scores[j] = e
+        total += e
+    shrink = exp(tops[i] - base)
+    tops[i] = m
+    tops[QUERIES + i] = tops[QUERIES + i] * shrink + total
+    return shrink
 
 
 @kernel
-def _attention_backward(dout, qkv, out, norms, dqkv, causal, scale, limit, kept_scale, seed, tile, padded, keys,
-                        key_rows, scratch):
-    batch, time, heads, depth = out.shape
-    for task in prange(batch * heads):
-        b, h = task // heads, task % heads
-        head_backward(dout[b, :, h], qkv[b, :, h], qkv[b, :, heads + h], qkv[b, :, 2 * heads + h], out[b, :, h],
-                      norms[b, h], dqkv[b, :, h], dqkv[b, :, heads + h], dqkv[b, :, 2 * heads + h], causal, scale,
-                      limit, kept_scale, seed, task * time, tile, padded, keys, key_rows,
-                      scratch[numba.get_thread_id()])
+def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
+                        keys, key_rows, queries, douts, dqueries, deltas, key_panels, value_panels, key_block, dkeys,
+                        dvalues, weights, dscores):
+    for index in prange(len(norms)):
+        task = np.int64(index)
+        t = numba.get_thread_id()
+        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, scale, limit, kept_scale, seed,
+                      tile, padded, keys, key_rows, queries[t], douts[t], dqueries[t], deltas[t], key_panels[t],
+                      value_panels[t], key_block[t], dkeys[t], dvalues[t], weights[t], dscores[t])
 
 
 @helper
-def head_backward(dout, q, k, v, out, norms, dq, dk, dv, causal, scale, limit, kept_scale, seed, mask_row, tile,
-                  padded, keys, key_rows, s):
-    """One head of one sequence; s: scratch."""
-    time, depth = q.shape
-    rows = (time + QUERIES - 1) // QUERIES * QUERIES
-    queries, s = s[:rows * padded], s[rows * padded:]
-    douts, s = s[:rows * padded], s[rows * padded:]
-    dqueries, s = s[:rows * padded], s[rows * padded:]
-    delta, s = s[:rows], s[rows:]
-    pack_padded(q, 0, time, rows, padded, scale, queries)
-    pack_padded(dout, 0, time, rows, padded, norms.dtype.type(1), douts)
-    dqueries[:] = norms.dtype.type(0)
+def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
+                  keys, key_rows, queries, douts, dqueries, deltas, key_panels, value_panels, key_block, dkeys, dvalues,
+                  weights, dscores):
+    """One head of one sequence. Below dqkv come scratch: packed q, do, dq and δ, then of a block of keys k, v, dk, dv,
+    and of a block of queries with it p and ds."""
+    time, width = norms.size, heads * depth
+    start = task // heads * time * 3 * width + task % heads * depth
+    start_out = task // heads * time * width + task % heads * depth
+    one = norms.dtype.type(1)
+    blocks = (time + QUERIES - 1) // QUERIES
+    pack_rows(qkv, start, 3 * width, time, depth, blocks * QUERIES, padded, scale, queries)
+    pack_rows(dout, start_out, width, time, depth, blocks * QUERIES, padded, one, douts)
+    dqueries[:] = 0
     for i in range(time):
-        total = norms.dtype.type(0)
+        delta = norms.dtype.type(0)
         for d in range(depth):
-            total += douts[i * padded + d] * out[i, d]
-        delta[i] = total
+            delta += douts[i * padded + d] * out[start_out + i * width + d]
+        deltas[i] = delta
     for j0 in range(0, time, keys):
-        attend_back(k, v, dk, dv, norms, j0, causal, limit, kept_scale, seed, mask_row, tile, padded, keys, key_rows,
-                    queries, douts, dqueries, delta, s)
-    for i in range(time):
-        for d in range(depth):
-            dq[i, d] = dqueries[i * padded + d] * scale
+        count = min(keys, time - j0)
+        at = start + j0 * 3 * width
+        pack_panels(qkv, at + width, 3 * width, count, depth, keys, tile, key_panels)
+        pack_panels(qkv, at + 2 * width, 3 * width, count, depth, keys, tile, value_panels)
+        pack_rows(qkv, at + width, 3 * width, count, depth, keys, padded, one, key_block)
+        dkeys[:] = 0
+        dvalues[:] = 0
+        for i0 in range(j0 // QUERIES * QUERIES if causal else 0, time, QUERIES):
+            rows = min(QUERIES, time - i0)
+            diagonal = i0 - j0 if causal else time
+            block = i0 * padded
+            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows, rows, count, tile, diagonal)
+            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows, rows, count, tile, diagonal)
+            for i in range(rows):
+                n = max(0, min(count, i + 1 + diagonal))
+                row, mask_row = i * key_rows, task * time + i0 + i
+                if kept_scale != one:
+                    drop(dscores, row, n, limit, kept_scale, seed, mask_row, j0)
+                weigh_backward(weights, dscores, row, n, norms[i0 + i], deltas[i0 + i])
+                if kept_scale != one:
+                    drop(weights, row, n, limit, kept_scale, seed, mask_row, j0)
+                for j in range(row + n, row + key_rows):
+                    weights[j] = 0
+                    dscores[j] = 0
+            multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded, rows, count, tile, diagonal)
+            multiply_columns(weights, key_rows, douts, block, dvalues, padded, rows, count, tile, diagonal)
+            multiply_columns(dscores, key_rows, queries, block, dkeys, padded, rows, count, tile, diagonal)
+        unpack_rows(dkeys, padded, count, depth, one, dqkv, at + width, 3 * width)
+        unpack_rows(dvalues, padded, count, depth, one, dqkv, at + 2 * width, 3 * width)
+    unpack_rows(dqueries, padded, time, depth, scale, dqkv, start, 3 * width)
 
 
 @helper
-def attend_back(k, v, dk, dv, norms, j0, causal, limit, kept_scale, seed, mask_row, tile, padded, keys, key_rows,
-                queries, douts, dqueries, delta, s):
-    """dk and dv of the block of keys from j0 on, and what it adds to dq."""
-    time, depth = k.shape
-    zero = norms.dtype.type(0)
-    key_panels, s = s[:keys * depth], s[keys * depth:]
-    value_panels, s = s[:keys * depth], s[keys * depth:]
-    key_block, s = s[:keys * padded], s[keys * padded:]
-    dkeys, s = s[:key_rows * padded], s[key_rows * padded:]
-    dvalues, s = s[:key_rows * padded], s[key_rows * padded:]
-    weights, s = s[:QUERIES * key_rows], s[QUERIES * key_rows:]
-    dscores = s[:QUERIES * key_rows]
-    count = min(keys, time - j0)
-    pack_panels(k, j0, time, keys, tile, key_panels)
-    pack_panels(v, j0, time, keys, tile, value_panels)
-    pack_padded(k, j0, time, keys, padded, norms.dtype.type(1), key_block)
-    dkeys[:] = zero
-    dvalues[:] = zero
-    for i0 in range(j0 // QUERIES * QUERIES if causal else 0, time, QUERIES):
-        rows = min(QUERIES, time - i0)
-        diagonal = i0 - j0 if causal else time
-        q, do = queries[i0 * padded:], douts[i0 * padded:]
-        multiply_panels(q, padded, key_panels, depth, weights, key_rows, rows, count, tile, diagonal)
-        multiply_panels(do, padded, value_panels, depth, dscores, key_rows, rows, count, tile, diagonal)
-        for i in range(rows):
-            n = max(0, min(count, i + 1 + diagonal))
-            p, ds = weights[i * key_rows:(i + 1) * key_rows], dscores[i * key_rows:(i + 1) * key_rows]
-            norm, d = norms[i0 + i], delta[i0 + i]
-            if kept_scale != norms.dtype.type(1):
-                drop(ds, n, limit, kept_scale, seed, mask_row + i0 + i, j0)
-            for j in range(n):
-                p[j] = exp(p[j] - norm)
-                ds[j] = p[j] * (ds[j] - d)
-            if kept_scale != norms.dtype.type(1):
-                drop(p, n, limit, kept_scale, seed, mask_row + i0 + i, j0)
-            p[n:] = zero
-            ds[n:] = zero
-        for i in range(0, rows, ROWS):
-            n = max(0, min(count, i + ROWS + diagonal))
-            for d in range(0, padded, tile):
-                register_tile(dscores, i * key_rows, key_rows, 1, key_block, d, padded,
-                              dqueries, (i0 + i) * padded + d, padded, n, True)
-        for j in range(0, count, ROWS):
-            first = min(rows, max(0, j - diagonal))      # earlier queries do not see these keys
-            for d in range(0, padded, tile):
-                register_tile(weights, first * key_rows + j, 1, key_rows, do, first * padded + d, padded,
-                              dvalues, j * padded + d, padded, rows - first, True)
-                register_tile(dscores, first * key_rows + j, 1, key_rows, q, first * padded + d, padded,
-                              dkeys, j * padded + d, padded, rows - first, True)
-    for j in range(count):
-        for d in range(depth):
-            dk[j0 + j, d] = dkeys[j * padded + d]
-            dv[j0 + j, d] = dvalues[j * padded + d]
+def weigh_backward(weights, dscores, start, n, norm, delta):
+    """p = exp(s - n), ds = p (dp - δ), in place of s and dp."""
+    for j in range(start, start + n):
+        weights[j] = exp(weights[j] - norm)
+        dscores[j] = weights[j] * (dscores[j] - delta)
 
 
-@helper
-def multiply_panels(a, a_row, panels, depth, c, c_row, rows, count, tile, diagonal):
-    """C[i, j] = a_i · panel column j for the tiles that hold any j <= i + diagonal."""
+# ---- products of a block of queries, i < rows, and a block of keys, j < count, of which only j <= i + diagonal count ----
+
+@mover
+def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal):
+    """C[i, j] = a_i · column j of the panels."""
+    out_of_line()
     for j in range(0, count, tile):
         for i in range(0, rows, ROWS):
             if j < i + ROWS + diagonal:
-                register_tile(a, i * a_row, a_row, 1, panels, j * depth, tile, c, i * c_row + j, c_row, depth, False)
+                register_tile(a, a_start + i * a_row, a_row, 1, panels, panels_start + j * depth, tile,
+                              c, i * c_row + j, c_row, depth, False)
 
 
-@helper
-def pack_padded(x, i0, time, rows, width, scale, to):
-    """to[i, d] = scale x[i0 + i, d] in rows of width, zero beyond time and beyond the head's width."""
-    depth = x.shape[1]
+@mover
+def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal):
+    """c_i += Σ_j A[i, j] b_j, for rows of width."""
+    out_of_line()
+    for i in range(0, rows, ROWS):
+        n = min(count, i + ROWS + diagonal)
+        for d in range(0, width, tile):
+            if n > 0:
+                register_tile(a, i * a_row, a_row, 1, b, b_start + d, width, c, c_start + i * width + d, width, n, True)
+
+
+@mover
+def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal):
+    """c_j += Σ_i A[i, j] b_i, for rows of width."""
+    out_of_line()
+    for j in range(0, count, ROWS):
+        first = max(0, j - diagonal)                     # earlier queries do not see these keys
+        for d in range(0, width, tile):
+            if first < rows:
+                register_tile(a, first * a_row + j, 1, a_row, b, b_start + first * width + d, width,
+                              c, j * width + d, width, rows - first, True)
+
+
+@mover
+def pack_rows(x, start, stride, count, depth, rows, width, scale, to):
+    """to[i, d] = scale x_i[d] in rows of width; zero beyond count and beyond depth. x_i: x from start + i stride on."""
+    out_of_line()
     for i in range(rows):
-        if i0 + i < time:
-            for d in range(depth):
-                to[i * width + d] = x[i0 + i, d] * scale
-            for d in range(depth, width):
-                to[i * width + d] = 0
-        else:
-            for d in range(width):
-                to[i * width + d] = 0
+        for d in range(depth if i < count else 0):
+            to[i * width + d] = x[start + i * stride + d] * scale
+        for d in range(depth if i < count else 0, width):
+            to[i * width + d] = 0
 
 
-@helper
-def pack_panels(x, j0, time, rows, tile, to):
-    """x transposed, in panels of tile columns: to[panel, d, j] = x[j0 + panel tile + j, d], zero beyond time."""
-    depth = x.shape[1]
+@mover
+def unpack_rows(x, width, count, depth, scale, to, start, stride):
+    """The way back: to_i[d] = scale x[i, d]."""
+    out_of_line()
+    for i in range(count):
+        for d in range(depth):
+            to[start + i * stride + d] = x[i * width + d] * scale
+
+
+@mover
+def pack_panels(x, start, stride, count, depth, rows, tile, to):
+    """x transposed, in panels of tile columns: to[panel, d, j] = x_j[d]; zero beyond count."""
+    out_of_line()
     for j in range(rows):
-        start = j // tile * tile * depth + j % tile
-        if j0 + j < time:
-            for d in range(depth):
-                to[start + d * tile] = x[j0 + j, d]
-        else:
-            for d in range(depth):
-                to[start + d * tile] = 0
+        at = j // tile * tile * depth + j % tile
+        for d in range(depth):
+            to[at + d * tile] = x[start + j * stride + d] if j < count else 0
 
 
-@helper
-def drop(row, n, limit, kept_scale, seed, mask_row, first_column):
-    """Dropout of the first n elements of a row of weights."""
+@mover
+def drop(x, start, n, limit, kept_scale, seed, mask_row, first_column):
+    """Dropout of n elements of a row of weights."""
+    out_of_line()
     key = row_key(seed, mask_row)
     low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
     for j in range(n):
-        row[j] = row[j] * kept_scale if kept(low, high, first_column + j, limit) else row.dtype.type(0)
+        x[start + j] = x[start + j] * kept_scale if kept(low, high, first_column + j, limit) else x.dtype.type(0)

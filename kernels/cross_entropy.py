@@ -44,7 +44,8 @@ def cross_entropy_backward(dlosses: np.ndarray, logits: np.ndarray, targets: np.
 @kernel
 def _cross_entropy_forward(logits, targets, ignore_index, losses, norms, tasks):
     rows = len(logits)
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(rows * task // tasks, rows * (task + 1) // tasks):
             norms[i] = log_sum_exp(logits[i])
             losses[i] = norms[i] - logits[i, targets[i]] if targets[i] != ignore_index else 0
@@ -53,7 +54,8 @@ def _cross_entropy_forward(logits, targets, ignore_index, losses, norms, tasks):
 @kernel
 def _cross_entropy_backward(dlosses, logits, targets, norms, ignore_index, dlogits, tasks):
     rows = len(logits)
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(rows * task // tasks, rows * (task + 1) // tasks):
             cross_entropy_row_backward(dlosses[i], logits[i], targets[i], norms[i], ignore_index, dlogits[i])
 

@@ -79,7 +79,8 @@ def kept(low, high, column, limit):
 @kernel
 def _dropout(x, limit, scale, seed, y, tasks):
     rows = (x.size + ROW - 1) // ROW
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for row in range(rows * task // tasks, rows * (task + 1) // tasks):
             first, last = row * ROW, min(x.size, (row + 1) * ROW)
             dropout_row(x[first:last], y[first:last], row_key(seed, row), limit, scale)

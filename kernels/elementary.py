@@ -86,7 +86,7 @@ def erf(x):
 
 
 def _choose(name, for_float32, for_float64):
-    @overload(name, jit_options={"fastmath": {"contract"}})
+    @overload(name, jit_options={"fastmath": {"contract"}, "forceinline": True})
     def choose(x):
         if x == types.float32:
             return lambda x: for_float32(x)

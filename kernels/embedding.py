@@ -43,15 +43,23 @@ def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> Non
 
 @kernel
 def _embedding_forward(ids, weight, y, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(ids.size * task // tasks, ids.size * (task + 1) // tasks):
-            y[i] = weight[ids[i]]
+            copy_row(weight[ids[i]], y[i])
+
+
+@helper
+def copy_row(x, y):
+    for j in range(x.size):
+        y[j] = x[j]
 
 
 @kernel
 def _embedding_backward(dy, ids, dweight, tasks):
     width = dy.shape[1]
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         add_rows(dy, ids, dweight, width * task // tasks, width * (task + 1) // tasks)
 
 

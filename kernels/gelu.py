@@ -41,7 +41,8 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, approximate: bool = False) -> n
 
 @kernel
 def _gelu_forward(x, approximate, y, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         first, last = x.size * task // tasks, x.size * (task + 1) // tasks
         gelu_row(x[first:last], y[first:last], approximate)
 
@@ -60,7 +61,8 @@ def gelu_row(x, y, approximate):
 
 @kernel
 def _gelu_backward(dy, x, approximate, dx, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         first, last = x.size * task // tasks, x.size * (task + 1) // tasks
         gelu_row_backward(dy[first:last], x[first:last], approximate, dx[first:last])
 

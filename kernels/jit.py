@@ -16,8 +16,9 @@ from numba.core import caching
 
 from kernels import cpu
 
-# Not "nnan" and "ninf", which plain fastmath=True implies: masks of -inf and NaN must go where numpy sends them.
-SAFE_MATH = {"contract", "reassoc", "arcp", "nsz"}
+# Not "nnan" and "ninf", which plain fastmath=True implies: masks of -inf and NaN must go where numpy sends them; nor
+# "arcp", which allows an approximate reciprocal that makes NaN of 1 / inf.
+SAFE_MATH = {"contract", "reassoc", "nsz"}
 
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
 
@@ -27,7 +28,8 @@ def kernel(body: Callable) -> Any:
 
     Work is cut by shape and partial sums are added in a fixed order, so that the result has the same bits on any
     number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a `prange`. Such a body
-    only cuts out the task and calls a helper: numba's analysis of a longer one has been seen to lose an assignment.
+    only cuts out the task and calls a helper: numba's analysis of a longer one has been seen to lose an assignment. The
+    index is made signed first: mixed with signed sizes numba would compute in float64, and compile each helper twice.
     """
     dispatcher = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
     _cache(dispatcher)
@@ -35,13 +37,21 @@ def kernel(body: Callable) -> Any:
 
 
 def helper(body: Callable) -> Any:
-    """Compile a serial function that kernels call; it becomes a part of them and of their cache."""
-    return numba.njit(body, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
+    """Compile a serial function that kernels call; it becomes a part of them and of their cache.
+
+    It is always inlined: of two copies of a function the linker may take either, and they need not round alike.
+    """
+    return numba.njit(body, forceinline=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
+
+
+def mover(body: Callable) -> Any:
+    """As `helper`, for code that adds nothing up outside the register tile, so that it need not be inlined."""
+    return numba.njit(body, forceinline=False, nogil=True, fastmath=False, error_model="numpy")
 
 
 def exact(body: Callable) -> Any:
     """As `helper`, for code whose order of additions carries meaning: no re-association, only contraction."""
-    return numba.njit(body, nogil=True, fastmath={"contract"}, error_model="numpy")
+    return numba.njit(body, forceinline=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 def set_num_threads(n: int) -> None:

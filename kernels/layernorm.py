@@ -48,7 +48,8 @@ def layernorm_backward(dy: np.ndarray, x: np.ndarray, gain: np.ndarray, mean: np
 
 @kernel
 def _layernorm_forward(x, gain, bias, eps, y, mean, rstd, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
             mean[i], rstd[i] = layernorm_row(x[i], gain, bias, eps, y[i])
 
@@ -74,7 +75,8 @@ def layernorm_row(x, gain, bias, eps, y):
 
 @kernel
 def _layernorm_backward(dy, x, gain, mean, rstd, dx, dgain, dbias, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
             layernorm_row_backward(dy[i], x[i], gain, mean[i], rstd[i], dx[i], dgain[task], dbias[task])
 

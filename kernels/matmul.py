@@ -16,8 +16,8 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel
-from kernels.simd import ROWS, columns, register_tile
+from kernels.jit import helper, kernel, mover
+from kernels.simd import ROWS, columns, out_of_line, register_tile
 
 BLOCK_K = 256               # a panel of B: 256 x 2 vectors of 32 bytes is 16 KB, half of a first-level cache
 BLOCK_N = 4096              # packed B: 256 x 4096 floats is 4 MB, in the last-level cache
@@ -94,10 +94,12 @@ def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed,
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), BLOCK_K):
             depth = min(BLOCK_K, k - k0)
-            for task in prange(len(b) * panels):
+            for index in prange(len(b) * panels):
+                task = np.int64(index)
                 pack_columns(b[task // panels], packed[task // panels, task % panels], k0, depth,
                              n0 + task % panels * width, width, transpose_b)
-            for task in prange(count * row_blocks * chunks):
+            for index in prange(count * row_blocks * chunks):
+                task = np.int64(index)
                 batch, rest = task // (row_blocks * chunks), task % (row_blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
                 i0, i1 = block * rows, min(m, block * rows + rows)
@@ -109,9 +111,10 @@ def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed,
                                  i0, i1, n0 + first * width, min(n, n0 + last * width))
 
 
-@helper
+@mover
 def pack_columns(b, panel, k0, depth, j0, width, transposed):
     """panel[p, j] = op(b)[k0 + p, j0 + j], zero beyond the last column."""
+    out_of_line()
     n = b.shape[0] if transposed else b.shape[1]
     full = min(width, n - j0)
     if transposed:
@@ -134,9 +137,10 @@ def pack_columns(b, panel, k0, depth, j0, width, transposed):
                 panel[p * width + j] = 0
 
 
-@helper
+@mover
 def pack_rows(a, panel, i0, i1, k0, depth, transposed):
     """panel[p, i] = op(a)[i0 + i, k0 + p], zero beyond row i1."""
+    out_of_line()
     height = min(ROWS, i1 - i0)
     if transposed:
         for p in range(depth):

@@ -44,6 +44,15 @@ def from_bits(typing, n):
     return types.float32(types.int32), lambda context, build, signature, args: build.bitcast(args[0], ir.FloatType())
 
 
+@intrinsic
+def out_of_line(typing):
+    """Keep the function that calls this from being inlined: without sums its copies cannot differ, and compile faster."""
+    def generate(context, build, signature, args):
+        build.function.attributes.add("noinline")
+        return context.get_dummy_value()
+    return types.void(), generate
+
+
 def columns(dtype) -> int:
     """The width of the register tile: two vectors."""
     return 2 * TARGET.vector_bytes // dtype.itemsize
@@ -61,66 +70,82 @@ def register_tile(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_st
 
     def generate(context, build, signature, args):
         a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, k, add = args
-        size = context.get_abi_sizeof(context.get_value_type(signature.args[0].dtype))
-        lanes = TARGET.vector_bytes // size
         real = context.get_value_type(signature.args[0].dtype)
-        vector = ir.VectorType(real, lanes)
-        data = [context.make_array(t)(context, build, x).data
-                for t, x in zip((signature.args[0], signature.args[4], signature.args[7]), (a, b, c), strict=True)]
-        a, b, c = (build.gep(p, [start]) for p, start in zip(data, (a_start, b_start, c_start), strict=True))
-        name = f"llvm.fmuladd.v{lanes}f{8 * size}"
-        multiply_add = cgutils.get_or_insert_function(build.module, ir.FunctionType(vector, [vector] * 3), name)
-        index = lambda i: ir.Constant(INDEX, i)
-        vector_at = lambda p, i: build.bitcast(build.gep(p, [i]), vector.as_pointer())
-        zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
-        first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-        rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
-
-        start, loop, store = build.block, build.append_basic_block("k"), build.append_basic_block("store")
-        load, head = build.append_basic_block("load"), build.append_basic_block("head")
-        build.cbranch(add, load, head)
-        build.position_at_end(load)
-        old = [[build.load(vector_at(row, index(j * lanes)), align=size) for j in range(2)] for row in rows_of_c]
-        build.branch(head)
-        build.position_at_end(head)
-        begin = [[build.phi(vector) for _ in range(2)] for _ in range(ROWS)]
-        for i in range(ROWS):
-            for j in range(2):
-                begin[i][j].add_incoming(old[i][j], load)
-                begin[i][j].add_incoming(zero, start)
-        build.cbranch(build.icmp_signed(">", k, index(0)), loop, store)
-
-        build.position_at_end(loop)
-        p = build.phi(INDEX)
-        sums = [[build.phi(vector) for _ in range(2)] for _ in range(ROWS)]
-        a_p, b_p = build.gep(a, [build.mul(p, a_step)]), build.gep(b, [build.mul(p, b_step)])
-        b_vectors = [build.load(vector_at(b_p, index(j * lanes)), align=size) for j in range(2)]
-        following = []
-        for i in range(ROWS):
-            scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
-            broadcast = build.shuffle_vector(build.insert_element(undefined, scalar, ir.Constant(I32, 0)),
-                                             undefined, first_lane)
-            following.append([build.call(multiply_add, [broadcast, b_vectors[j], sums[i][j]]) for j in range(2)])
-        next_p = build.add(p, index(1))
-        p.add_incoming(index(0), head)
-        p.add_incoming(next_p, loop)
-        build.cbranch(build.icmp_signed("<", next_p, k), loop, store)
-
-        build.position_at_end(store)
-        for i in range(ROWS):
-            for j in range(2):
-                sums[i][j].add_incoming(begin[i][j], head)
-                sums[i][j].add_incoming(following[i][j], loop)
-                total = build.phi(vector)
-                total.add_incoming(begin[i][j], head)
-                total.add_incoming(following[i][j], loop)
-                following[i][j] = total
-        for i in range(ROWS):
-            for j in range(2):
-                build.store(following[i][j], vector_at(rows_of_c[i], index(j * lanes)), align=size)
+        a, b, c = (build.gep(context.make_array(t)(context, build, x).data, [start]) for t, x, start in
+                   ((signature.args[0], a, a_start), (signature.args[4], b, b_start), (signature.args[7], c, c_start)))
+        build.call(_tile_function(build.module, real), [a, a_row, a_step, b, b_step, c, c_row, k, add])
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _tile_function(module, real):
+    """The tile as a function of its own, once in a module: inlined at every call it would take long to compile."""
+    lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
+    pointer, flag = real.as_pointer(), ir.IntType(1)
+    arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, flag]
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}")
+    if function.blocks:
+        return function
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    a, a_row, a_step, b, b_step, c, c_row, k, add = function.args
+    vector = ir.VectorType(real, lanes)
+    multiply_add = cgutils.get_or_insert_function(
+        module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f{8 * TARGET.vector_bytes // lanes}")
+    align = TARGET.vector_bytes // lanes
+    start, load, head, loop, store = (function.append_basic_block(name) for name in
+                                      ("start", "load", "head", "k", "store"))
+    build = ir.IRBuilder(start)
+    index = lambda i: ir.Constant(INDEX, i)
+    vector_at = lambda p, j: build.bitcast(build.gep(p, [index(j * lanes)]), vector.as_pointer())
+    zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
+    first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
+    places = [(i, j) for i in range(ROWS) for j in range(2)]
+    build.cbranch(add, load, head)
+
+    build.position_at_end(load)
+    old = {(i, j): build.load(vector_at(rows_of_c[i], j), align=align) for i, j in places}
+    build.branch(head)
+
+    build.position_at_end(head)
+    first = {place: build.phi(vector) for place in places}
+    for place in places:
+        first[place].add_incoming(zero, start)
+        first[place].add_incoming(old[place], load)
+    build.cbranch(build.icmp_signed(">", k, index(0)), loop, store)
+
+    build.position_at_end(loop)
+    p = build.phi(INDEX)
+    sums = {place: build.phi(vector) for place in places}
+    a_p, b_p = build.gep(a, [build.mul(p, a_step)]), build.gep(b, [build.mul(p, b_step)])
+    b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(2)]
+    following = {}
+    for i in range(ROWS):
+        scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
+        broadcast = build.shuffle_vector(build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined,
+                                         first_lane)
+        for j in range(2):
+            following[i, j] = build.call(multiply_add, [broadcast, b_vectors[j], sums[i, j]])
+    next_p = build.add(p, index(1))
+    p.add_incoming(index(0), head)
+    p.add_incoming(next_p, loop)
+    for place in places:
+        sums[place].add_incoming(first[place], head)
+        sums[place].add_incoming(following[place], loop)
+    build.cbranch(build.icmp_signed("<", next_p, k), loop, store)
+
+    build.position_at_end(store)
+    for place in places:
+        first_or_last = build.phi(vector)
+        first_or_last.add_incoming(first[place], head)
+        first_or_last.add_incoming(following[place], loop)
+        following[place] = first_or_last
+    for i, j in places:
+        build.store(following[i, j], vector_at(rows_of_c[i], j), align=align)
+    build.ret_void()
+    return function
 
 
 @intrinsic

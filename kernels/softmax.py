@@ -53,7 +53,8 @@ def log_softmax_backward(dz: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 @kernel
 def _softmax_forward(x, y, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
             softmax_row(x[i], y[i])
 
@@ -73,7 +74,8 @@ def softmax_row(x, y):
 
 @kernel
 def _softmax_backward(dy, y, dx, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(y) * task // tasks, len(y) * (task + 1) // tasks):
             softmax_row_backward(dy[i], y[i], dx[i])
 
@@ -89,7 +91,8 @@ def softmax_row_backward(dy, y, dx):
 
 @kernel
 def _log_softmax_forward(x, z, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
             log_softmax_row(x[i], z[i])
 
@@ -115,7 +118,8 @@ def log_sum_exp(x):
 
 @kernel
 def _log_softmax_backward(dz, z, dx, tasks):
-    for task in prange(tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
         for i in range(len(z) * task // tasks, len(z) * (task + 1) // tasks):
             log_softmax_row_backward(dz[i], z[i], dx[i])
 

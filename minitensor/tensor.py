@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
+_np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors, not arrays
 _serial = itertools.count()
 
 
@@ -90,7 +91,7 @@ class Tensor:
     @property
     def T(self) -> Tensor:
         """All axes in reverse order."""
-        return np.transpose(self)
+        return _np.transpose(self)
 
     def numpy(self) -> np.ndarray:
         """The values as an ndarray, outside the graph; memory is shared."""
@@ -174,47 +175,47 @@ class Tensor:
     __hash__ = object.__hash__
     __eq__ = object.__eq__
     __ne__ = object.__ne__
-    def __lt__(self, y: Any) -> np.ndarray: return np.less(self, y)
-    def __le__(self, y: Any) -> np.ndarray: return np.less_equal(self, y)
-    def __gt__(self, y: Any) -> np.ndarray: return np.greater(self, y)
-    def __ge__(self, y: Any) -> np.ndarray: return np.greater_equal(self, y)
-    def __neg__(self) -> Tensor: return np.negative(self)
-    def __abs__(self) -> Tensor: return np.abs(self)
-    def __add__(self, y: Any) -> Tensor: return np.add(self, y)
-    def __radd__(self, y: Any) -> Tensor: return np.add(y, self)
-    def __sub__(self, y: Any) -> Tensor: return np.subtract(self, y)
-    def __rsub__(self, y: Any) -> Tensor: return np.subtract(y, self)
-    def __mul__(self, y: Any) -> Tensor: return np.multiply(self, y)
-    def __rmul__(self, y: Any) -> Tensor: return np.multiply(y, self)
-    def __truediv__(self, y: Any) -> Tensor: return np.divide(self, y)
-    def __rtruediv__(self, y: Any) -> Tensor: return np.divide(y, self)
-    def __pow__(self, y: Any) -> Tensor: return np.power(self, y)
-    def __rpow__(self, y: Any) -> Tensor: return np.power(y, self)
-    def __matmul__(self, y: Any) -> Tensor: return np.matmul(self, y)
-    def __rmatmul__(self, y: Any) -> Tensor: return np.matmul(y, self)
+    def __lt__(self, y: Any) -> np.ndarray: return _np.less(self, y)
+    def __le__(self, y: Any) -> np.ndarray: return _np.less_equal(self, y)
+    def __gt__(self, y: Any) -> np.ndarray: return _np.greater(self, y)
+    def __ge__(self, y: Any) -> np.ndarray: return _np.greater_equal(self, y)
+    def __neg__(self) -> Tensor: return _np.negative(self)
+    def __abs__(self) -> Tensor: return _np.abs(self)
+    def __add__(self, y: Any) -> Tensor: return _np.add(self, y)
+    def __radd__(self, y: Any) -> Tensor: return _np.add(y, self)
+    def __sub__(self, y: Any) -> Tensor: return _np.subtract(self, y)
+    def __rsub__(self, y: Any) -> Tensor: return _np.subtract(y, self)
+    def __mul__(self, y: Any) -> Tensor: return _np.multiply(self, y)
+    def __rmul__(self, y: Any) -> Tensor: return _np.multiply(y, self)
+    def __truediv__(self, y: Any) -> Tensor: return _np.divide(self, y)
+    def __rtruediv__(self, y: Any) -> Tensor: return _np.divide(y, self)
+    def __pow__(self, y: Any) -> Tensor: return _np.power(self, y)
+    def __rpow__(self, y: Any) -> Tensor: return _np.power(y, self)
+    def __matmul__(self, y: Any) -> Tensor: return _np.matmul(self, y)
+    def __rmatmul__(self, y: Any) -> Tensor: return _np.matmul(y, self)
     def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index)
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new one with "
                         "np.where or np.concatenate, or change t.data, which is outside the graph")
 
-    def sum(self, axis=None, keepdims=False) -> Tensor: return np.sum(self, axis=axis, keepdims=keepdims)
-    def mean(self, axis=None, keepdims=False) -> Tensor: return np.mean(self, axis=axis, keepdims=keepdims)
-    def var(self, axis=None, keepdims=False) -> Tensor: return np.var(self, axis=axis, keepdims=keepdims)
-    def std(self, axis=None, keepdims=False) -> Tensor: return np.std(self, axis=axis, keepdims=keepdims)
-    def max(self, axis=None, keepdims=False) -> Tensor: return np.max(self, axis=axis, keepdims=keepdims)
-    def min(self, axis=None, keepdims=False) -> Tensor: return np.min(self, axis=axis, keepdims=keepdims)
-    def prod(self, axis=None, keepdims=False) -> Tensor: return np.prod(self, axis=axis, keepdims=keepdims)
-    def cumsum(self, axis=None) -> Tensor: return np.cumsum(self, axis=axis)
+    def sum(self, axis=None, keepdims=False) -> Tensor: return _np.sum(self, axis=axis, keepdims=keepdims)
+    def mean(self, axis=None, keepdims=False) -> Tensor: return _np.mean(self, axis=axis, keepdims=keepdims)
+    def var(self, axis=None, keepdims=False) -> Tensor: return _np.var(self, axis=axis, keepdims=keepdims)
+    def std(self, axis=None, keepdims=False) -> Tensor: return _np.std(self, axis=axis, keepdims=keepdims)
+    def max(self, axis=None, keepdims=False) -> Tensor: return _np.max(self, axis=axis, keepdims=keepdims)
+    def min(self, axis=None, keepdims=False) -> Tensor: return _np.min(self, axis=axis, keepdims=keepdims)
+    def prod(self, axis=None, keepdims=False) -> Tensor: return _np.prod(self, axis=axis, keepdims=keepdims)
+    def cumsum(self, axis=None) -> Tensor: return _np.cumsum(self, axis=axis)
     def argmax(self, axis=None) -> np.ndarray: return np.argmax(self.data, axis=axis)
     def argmin(self, axis=None) -> np.ndarray: return np.argmin(self.data, axis=axis)
-    def reshape(self, *shape) -> Tensor: return np.reshape(self, shape[0] if len(shape) == 1 else shape)
-    def ravel(self) -> Tensor: return np.reshape(self, -1)
-    def transpose(self, *axes) -> Tensor: return np.transpose(self, axes[0] if len(axes) == 1 else axes or None)
-    def swapaxes(self, a: int, b: int) -> Tensor: return np.swapaxes(self, a, b)
-    def squeeze(self, axis=None) -> Tensor: return np.squeeze(self, axis=axis)
-    def repeat(self, repeats, axis=None) -> Tensor: return np.repeat(self, repeats, axis=axis)
-    def clip(self, min=None, max=None) -> Tensor: return np.clip(self, min, max)
-    def copy(self) -> Tensor: return np.copy(self)
+    def reshape(self, *shape) -> Tensor: return _np.reshape(self, shape[0] if len(shape) == 1 else shape)
+    def ravel(self) -> Tensor: return _np.reshape(self, -1)
+    def transpose(self, *axes) -> Tensor: return _np.transpose(self, axes[0] if len(axes) == 1 else axes or None)
+    def swapaxes(self, a: int, b: int) -> Tensor: return _np.swapaxes(self, a, b)
+    def squeeze(self, axis=None) -> Tensor: return _np.squeeze(self, axis=axis)
+    def repeat(self, repeats, axis=None) -> Tensor: return _np.repeat(self, repeats, axis=axis)
+    def clip(self, min=None, max=None) -> Tensor: return _np.clip(self, min, max)
+    def copy(self) -> Tensor: return _np.copy(self)
 
 
 def getitem(x: Any, index: Any) -> Any:
@@ -346,8 +347,8 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             elif not retain_graph:
                 node.inputs, node.vjp = (), None
             if isinstance(vjp, tuple):
-                gradients = tuple(f(g) if isinstance(x, Tensor) and x.requires_grad else None
-                                  for f, x in zip(vjp, inputs, strict=False))
+                gradients: tuple = tuple(f(g) if isinstance(x, Tensor) and x.requires_grad else None
+                                         for f, x in zip(vjp, inputs, strict=False))
             else:
                 gradients = vjp(g)
                 gradients = gradients if isinstance(gradients, tuple) else (gradients,)

@@ -1,0 +1,14 @@
+"""Train a GPT on Shakespeare, on this machine's CPU, with numpy and numba alone.
+
+    python examples/train_shakespeare.py                     nanoGPT's recipe for a CPU, a few minutes
+    python examples/train_shakespeare.py --recipe lecture    the lecture's scaled-up GPT, many hours
+    python examples/train_shakespeare.py --data my.txt --layers 6 --steps 5000
+
+The loop is in gpt/train.py, the model in gpt/model.py, all options in --help.
+"""
+import sys
+
+from gpt.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

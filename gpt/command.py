@@ -1,0 +1,202 @@
+"""The command line of the trainer: from arguments to a folder with a checkpoint, metrics, a plot and a sample."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+import kernels
+import minitensor as mt
+from gpt.config import RECIPES, Config
+from gpt.data import Text, check_length, find_text, split
+from gpt.errors import BadInput
+from gpt.generate import generate
+from gpt.model import GPT
+from gpt.tokenizer import CharTokenizer
+from gpt.train import Evaluation, train
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; --help lists the options")
+
+
+def run(command: Any, arguments: list[str] | None) -> int:
+    """The exit code of a command: 2, after one line that says why, where the user's input cannot be used."""
+    try:
+        return command(arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    """The config, from a recipe and the options that change it, and the other options."""
+    parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.", allow_abbrev=False)
+    parser.add_argument("--recipe", choices=RECIPES, default="classic", help="what the other defaults are taken from")
+    for field in dataclasses.fields(Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        text = f"{field.metadata['help']} ({getattr(RECIPES['classic'], field.name)})"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
+                                metavar="N" if isinstance(field.default, int) else "X")
+    parser.add_argument("--data", metavar="FILE", help="text to train on, in UTF-8 (tinyshakespeare)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/shakespeare"), help="results go here")
+    parser.add_argument("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads to compute with (all)")
+    parser.add_argument("--precision", choices=["highest"], default="highest", help="of products: float32")
+    options = parser.parse_args(arguments)
+    given = {name: value for name, value in vars(options).items() if name in {f.name for f in dataclasses.fields(Config)}}
+    return dataclasses.replace(RECIPES[options.recipe], **given), options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the arguments (or the process's) say; the exit code: 0, 2 for bad input, 130 if interrupted."""
+    return run(_main, arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
+    config, options = parse(arguments)
+    for package in ("tqdm", "matplotlib", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(f'the package {package} is missing; pip install -e ".[train]" installs it')
+    if options.sample < 0:
+        raise BadInput(f"--sample is {options.sample}; it must be at least 0")
+    if options.threads is not None:
+        try:
+            kernels.set_num_threads(options.threads)
+        except ValueError as error:
+            raise BadInput(f"--threads: {error}") from error
+    text = find_text(options.data)
+    tokenizer = CharTokenizer.from_text(text.text)
+    train_ids, val_ids = split(tokenizer.encode(text.text))
+    check_length(train_ids, val_ids, config.context)
+    _make_writable(options.out)
+
+    mt.seed(config.seed)
+    model = GPT(config, len(tokenizer))
+    _describe(config, text, tokenizer, model, len(train_ids), len(val_ids))
+    results = Results(options.out, config, model, tokenizer, options.sample)
+    try:
+        train(model, config, train_ids, val_ids, results.after_step, results.after_evaluation)
+    except KeyboardInterrupt:
+        results.interrupted()
+        return INTERRUPTED
+    results.finish()
+    return 0
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"--out is {str(folder)!r}, which cannot be written: {error.strerror}; name another folder") \
+            from error
+
+
+def _describe(config: Config, text: Text, tokenizer: CharTokenizer, model: GPT, train: int, val: int) -> None:
+    from kernels.cpu import TARGET
+    print(f"data     {text.name}: {train + val:,} characters, {len(tokenizer)} symbols; {train:,} to train on, {val:,} to "
+          f"validate on\n         from {text.source}")
+    print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads")
+    print(f"model    {sum(p.size for p in model.parameters()):,} parameters: {config.layers} layers, {config.heads} heads, "
+          f"width {config.width}, context {config.context}")
+    print(f"run      {config.steps:,} steps of {config.batch} x {config.context} characters, seed {config.seed}", flush=True)
+
+
+class Results:
+    """What a run shows and leaves behind, beside its loop."""
+
+    def __init__(self, folder: Path, config: Config, model: GPT, tokenizer: CharTokenizer, characters: int):
+        from tqdm import tqdm
+        self.folder, self.config, self.model, self.tokenizer, self.characters = folder, config, model, tokenizer, characters
+        self.steps, self.evaluations = 0, list[Evaluation]()
+        (folder / "metrics.jsonl").write_text("")
+        self.bar = tqdm(total=config.steps, unit=" steps", dynamic_ncols=True, disable=None,
+                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
+        self.compiled = 0
+        kernels.jit.compiling = self.compiling
+
+    def compiling(self, name: str) -> None:
+        """Say that a kernel is being compiled, which happens once on a machine."""
+        self.compiled += 1
+        if not self.bar.disable:
+            self.bar.clear()
+            print(f"\rcompiling kernels, once on this machine: {self.compiled:2} {name:<30}", end="", flush=True)
+        elif self.compiled == 1:
+            print("compiling kernels, once on this machine", flush=True)
+
+    def after_step(self, steps: int, loss: float) -> None:
+        """Move the progress bar."""
+        if self.steps == 0:
+            if self.compiled and not self.bar.disable:
+                print("\r\033[K", end="")
+            self.bar.unpause()
+        self.steps = steps
+        if not self.bar.disable:
+            rate = self.bar.format_dict["rate"] or 0
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate * self.config.batch * self.config.context:,.0f} tokens/s",
+                                     refresh=False)
+            self.bar.update()
+
+    def after_evaluation(self, evaluation: Evaluation) -> None:
+        """Report an evaluation, and keep the model."""
+        self.evaluations.append(evaluation)
+        self.bar.write(f"step {evaluation.step:6,}   train {evaluation.train_loss:.4f}   validation "
+                       f"{evaluation.val_loss:.4f} nats/character   {evaluation.seconds:.0f} s   "
+                       f"{evaluation.tokens_per_s:,.0f} tokens/s")
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(evaluation._asdict()) + "\n")
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        from gpt.checkpoint import save_model
+        save_model(self.folder / "checkpoint.safetensors", self.model, self.tokenizer, self.steps)
+
+    def interrupted(self) -> None:
+        """Keep what there is."""
+        self.bar.close()
+        self.save()
+        print(f"interrupted after {self.steps:,} steps; the model is in {self.folder / 'checkpoint.safetensors'}")
+
+    def finish(self) -> None:
+        """Draw the curves, write a sample, and say where everything is."""
+        self.bar.close()
+        plot(self.evaluations, self.folder / "loss.png")
+        start = np.zeros(1, np.int32) if "\n" not in self.tokenizer.vocabulary else self.tokenizer.encode("\n")
+        ids = generate(self.model, start, self.characters, seed=self.config.seed)
+        sample = self.tokenizer.decode(ids[1:])
+        (self.folder / "sample.txt").write_text(sample, encoding="utf-8", newline="")
+        print(f"\n{sample}\n")
+        print(f"in {self.folder}: checkpoint.safetensors, metrics.jsonl, loss.png, sample.txt")
+
+
+def plot(evaluations: list[Evaluation], path: Path) -> None:
+    """Draw training and validation loss over steps to a PNG."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    steps = [e.step for e in evaluations]
+    for name, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
+        values = [getattr(e, f"{name[:3] if name[0] == 'v' else name}_loss") for e in evaluations]
+        axes.plot(steps, values, "o-", color=colour, markersize=3, label=f"{name}, {values[-1]:.3f} at the end")
+    axes.set(xlabel="steps", ylabel="loss, nats a character", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

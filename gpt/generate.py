@@ -1,0 +1,47 @@
+"""Text from a model, one token after the other."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import minitensor as mt
+from gpt.errors import BadInput
+from gpt.model import GPT
+
+
+def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, top_k: int | None = None,
+             seed: int = 0) -> np.ndarray:
+    """Go on from ids (N,), N at least 1, by count tokens: (N + count,) of int32.
+
+    Each is drawn from softmax(logits / temperature) over the top_k likeliest (all of them if left out), and sees
+    the last `context` tokens. Temperature 0 takes the likeliest. The same arguments give the same tokens.
+    """
+    if not 0 <= temperature < math.inf:
+        raise BadInput(f"--temperature is {temperature}; it must be 0 or a positive number")
+    if top_k is not None and top_k < 1:
+        raise BadInput(f"--top-k is {top_k}; it must be at least 1")
+    if count < 0:
+        raise BadInput(f"the number of characters is {count}; it must be at least 0")
+    draw = np.random.Generator(np.random.Philox(seed))
+    result = np.concatenate([np.asarray(ids, np.int32), np.empty(count, np.int32)])
+    training = model.training
+    model.eval()
+    with mt.no_grad():
+        for n in range(len(ids), len(result)):
+            seen = result[max(0, n - model.config.context):n]
+            logits = model(seen[None]).numpy()[0, -1].astype(np.float64)
+            result[n] = choose(logits, temperature, top_k, draw.random())
+    model.train(training)
+    return result
+
+
+def choose(logits: np.ndarray, temperature: float, top_k: int | None, uniform: float) -> int:
+    """The token whose share of the cumulative distribution of logits (V,) holds uniform, a number in [0, 1)."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    if top_k is not None and top_k < len(logits):
+        kept = np.argsort(-logits, kind="stable")[:top_k]
+        return int(kept[choose(logits[kept], temperature, None, uniform)])
+    cumulative = np.cumsum(np.exp((logits - logits.max()) / temperature))
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right").clip(max=len(logits) - 1))

@@ -1,0 +1,455 @@
+"""Every fused op in one table, run against its reference, finite differences and PyTorch."""
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minitensor
+from kernels import dropout_mask, flat_mask
+from minitensor import (
+    attention,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    layernorm,
+    linear,
+    log_softmax,
+    softmax,
+)
+from minitensor.tensor import Tensor, fused, grad, no_grad, unfused
+from minitensor.testing import gradcheck
+
+module = importlib.import_module("minitensor.fused")        # `minitensor.fused` is the decorator
+SMALL, LARGE = 3, 70                                        # the longest axes that are drawn
+dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-5)],
+                                 ids=["float64", "float32"])
+
+
+# ---- what is drawn for each: shapes and options; size() draws a length from 1 up, size(0) from 0 up --------------
+
+def leading(draw, size):
+    """No axis, one or two in front of those that an op is about, and now and then no rows at all."""
+    return tuple(size(0) for _ in range(draw(st.integers(0, 2))))
+
+
+def anything(draw, size):
+    return [leading(draw, size)], {}
+
+
+def linear_shapes(draw, size, bias=False):
+    inputs, outputs = size(), size()
+    return [(*leading(draw, size), inputs), (outputs, inputs), (outputs,)][:2 + bias], {}
+
+
+def layernorm_shapes(draw, size, bias=False):
+    width = size()
+    return [(*leading(draw, size), width), (width,), (width,)][:2 + bias], {}
+
+
+def axis_shapes(draw, size):
+    lengths, axis = [*leading(draw, size), size(0)], draw(st.integers(-3, 2))
+    axis = max(-len(lengths), min(axis, len(lengths) - 1))
+    lengths[axis] = size()
+    return [tuple(lengths)], {"axis": axis}
+
+
+def attention_shapes(draw, size):
+    heads, width = draw(st.integers(1, 3)), size()
+    batch, time = min(3, size(0)), size(0) + size()
+    return [(batch, time, 3 * heads * width)], {"heads": heads}
+
+
+def dropped(shapes):
+    """The same shapes, with a probability and a seed among the options."""
+    def with_dropout(draw, size):
+        drawn, options = shapes(draw, size)
+        return drawn, {**options, "p": draw(st.sampled_from([0.1, 0.5, 0.9])), "seed": draw(st.integers(0, 2**64 - 1))}
+    return with_dropout
+
+
+def embedding_shapes(draw, size):
+    rows, shape = size(), leading(draw, size)
+    ids = np.random.default_rng(0).integers(rows, size=shape)
+    return [(rows, size())], {"ids": ids.astype(draw(st.sampled_from([np.int32, np.int64, np.uint8])))}
+
+
+def cross_entropy_shapes(draw, size):
+    symbols, shape = size(), leading(draw, size)
+    targets = np.array(np.random.default_rng(0).integers(-1, symbols, size=shape))
+    return [(*shape, symbols)], {"targets": targets, "ignore_index": -1}
+
+
+# ---- the same in PyTorch, where it is more than one function; t is the torch module -------------------------------
+
+def torch_attention(t, qkv, heads, causal=True, p=0.0, seed=0):
+    batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.split(width, dim=2))
+    if not p:
+        y = t.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        scores = q @ k.transpose(2, 3) / math.sqrt(width // heads)
+        if causal:
+            scores = scores.masked_fill(t.ones(time, time, dtype=t.bool).triu(1), -math.inf)
+        mask = dropout_mask(batch * heads * time, time, p, seed).reshape(scores.shape)
+        y = t.softmax(scores, 3) * t.tensor(mask) / (1 - p) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
+def torch_cross_entropy(t, logits, targets, **options):
+    losses = t.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), t.tensor(targets).reshape(-1), **options)
+    return losses.reshape(targets.shape) if options.get("reduction") == "none" else losses
+
+
+class Case(NamedTuple):
+    """A fused op, PyTorch's name for it, and what is drawn for it. The first word of the name is the op's."""
+    name: str
+    f: Callable
+    torch: Callable
+    shapes: Callable
+
+    def draw(self, data, largest, dtype=np.float64):
+        """Arrays, and f and PyTorch's f with the options drawn."""
+        shapes, options = self.shapes(data.draw, lambda low=1: data.draw(st.integers(low, largest)))
+        random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+        arrays = [random.uniform(-2, 2, shape).astype(dtype) for shape in shapes]
+        return arrays, functools.partial(self.f, **options), functools.partial(self.torch, **options)
+
+
+linear_biased = functools.partial(linear_shapes, bias=True)
+CASES = [
+    Case("linear", linear, lambda t, x, w: t.nn.functional.linear(x, w), linear_shapes),
+    Case("linear bias", linear, lambda t, x, w, b: t.nn.functional.linear(x, w, b), linear_biased),
+    Case("linear gelu", functools.partial(linear, activation="gelu"),
+         lambda t, x, w: t.nn.functional.gelu(t.nn.functional.linear(x, w)), linear_shapes),
+    Case("linear bias gelu", functools.partial(linear, activation="gelu"),
+         lambda t, x, w, b: t.nn.functional.gelu(t.nn.functional.linear(x, w, b)), linear_biased),
+    Case("linear gelu_tanh", functools.partial(linear, activation="gelu_tanh"),
+         lambda t, x, w: t.nn.functional.gelu(t.nn.functional.linear(x, w), approximate="tanh"), linear_shapes),
+    Case("linear bias gelu_tanh", functools.partial(linear, activation="gelu_tanh"),
+         lambda t, x, w, b: t.nn.functional.gelu(t.nn.functional.linear(x, w, b), approximate="tanh"), linear_biased),
+    Case("gelu", gelu, lambda t, x: t.nn.functional.gelu(x), anything),
+    Case("gelu tanh", functools.partial(gelu, approximate="tanh"),
+         lambda t, x: t.nn.functional.gelu(x, approximate="tanh"), anything),
+    Case("layernorm", layernorm, lambda t, x, w: t.nn.functional.layer_norm(x, w.shape, w), layernorm_shapes),
+    Case("layernorm bias", layernorm, lambda t, x, w, b: t.nn.functional.layer_norm(x, w.shape, w, b),
+         functools.partial(layernorm_shapes, bias=True)),
+    Case("layernorm eps", functools.partial(layernorm, eps=0.1),
+         lambda t, x, w: t.nn.functional.layer_norm(x, w.shape, w, eps=0.1), layernorm_shapes),
+    Case("softmax", softmax, lambda t, x, axis: t.softmax(x, axis), axis_shapes),
+    Case("log_softmax", log_softmax, lambda t, x, axis: t.log_softmax(x, axis), axis_shapes),
+    Case("attention causal", attention, torch_attention, attention_shapes),
+    Case("attention", functools.partial(attention, causal=False), functools.partial(torch_attention, causal=False),
+         attention_shapes),
+    Case("attention causal dropout", attention, torch_attention, dropped(attention_shapes)),
+    Case("attention dropout", functools.partial(attention, causal=False),
+         functools.partial(torch_attention, causal=False), dropped(attention_shapes)),
+    Case("dropout", dropout, lambda t, x, p, seed: x * t.tensor(flat_mask(tuple(x.shape), p, seed)) / (1 - p),
+         dropped(anything)),
+    Case("embedding", lambda weight, ids: embedding(ids, weight),
+         lambda t, weight, ids: t.nn.functional.embedding(t.tensor(ids.astype(int)), weight), embedding_shapes),
+    *(Case(f"cross_entropy {reduction}", functools.partial(cross_entropy, reduction=reduction),
+           functools.partial(torch_cross_entropy, reduction=reduction), cross_entropy_shapes)
+      for reduction in ("mean", "sum", "none")),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def gradients(f, arrays):
+    """The value of f and the gradients of its sum, weighted so that no two elements count the same."""
+    inputs = [Tensor(x, requires_grad=True) for x in arrays]
+    y = f(*inputs)
+    weights = np.cos(np.arange(y.size)).reshape(y.shape).astype(y.dtype)
+    return y, grad(np.sum(y * weights), inputs), weights
+
+
+def close(ours, theirs, tolerance):
+    """Equal to a tolerance of the largest element."""
+    assert ours.shape == theirs.shape
+    largest = np.nanmax(np.abs(theirs), initial=1e-30)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * largest)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+@cases
+@pytest.mark.parametrize("largest", [1, SMALL, LARGE])
+@dtypes
+@given(data=st.data())
+@settings(max_examples=8)
+def test_value_and_gradient_are_the_references(case, largest, dtype, tolerance, data):
+    arrays, f, _ = case.draw(data, largest, dtype)
+    y, dxs, _ = gradients(f, arrays)
+    with unfused():
+        expected, expected_dxs, _ = gradients(f, arrays)
+    for ours, theirs in zip([y, *dxs], [expected, *expected_dxs], strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        close(ours.numpy(), theirs.numpy(), tolerance)
+    plain = f(*arrays)
+    assert not isinstance(plain, Tensor)
+    np.testing.assert_array_equal(plain, y.numpy())
+
+
+@cases
+@pytest.mark.parametrize("largest", [1, SMALL, LARGE])
+@dtypes
+@given(data=st.data())
+@settings(max_examples=8)
+def test_value_and_gradient_are_pytorchs(case, largest, dtype, tolerance, data):
+    """PyTorch computes in float64 from the same numbers, so that float32 is held to the truth."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    arrays, f, torch_f = case.draw(data, largest, dtype)
+    y, dxs, weights = gradients(f, arrays)
+    inputs = [torch.tensor(x.astype(np.float64), requires_grad=True) for x in arrays]
+    expected = torch_f(torch, *inputs)
+    (expected * torch.tensor(weights.astype(np.float64))).sum().backward()
+    close(y.numpy(), expected.detach().numpy(), tolerance)
+    for dx, x in zip(dxs, inputs, strict=True):
+        close(dx.numpy(), x.grad.numpy(), tolerance)
+
+
+@cases
+@given(data=st.data())
+@settings(max_examples=6)
+def test_first_and_second_gradient(case, data):
+    arrays, f, _ = case.draw(data, SMALL)
+    gradcheck(f, *arrays, name=case.name)
+
+
+@cases
+@pytest.mark.parametrize("view", [
+    lambda x: np.moveaxis(np.moveaxis(x, 0, -1).copy(), -1, 0),
+    lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    lambda x: np.flip(np.flip(x).copy()),
+], ids=["transposed", "stepped", "reversed"])
+@given(data=st.data())
+@settings(max_examples=4)
+def test_layout_does_not_matter(case, view, data):
+    arrays, f, _ = case.draw(data, SMALL)
+    y, dxs, weights = gradients(f, arrays)
+    views = [Tensor(view(x) if x.ndim else x, requires_grad=True) for x in arrays]
+    y_view = f(*views)
+    dxs_view = grad(y_view, views, gradient=view(weights) if weights.ndim else weights)
+    for ours, theirs in zip([y_view, *dxs_view], [y, *dxs], strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+@cases
+@given(data=st.data())
+@settings(max_examples=6)
+def test_gradients_are_arrays_of_their_own(case, data):
+    """The walk adds into what a fused op hands back, so none of it may be the memory of anything else."""
+    arrays, f, _ = case.draw(data, SMALL)
+    inputs = [Tensor(x, requires_grad=True) for x in arrays]
+    y = f(*inputs)
+    seed = np.ones(y.shape)
+    y.backward(gradient=seed)
+    dxs = [x.grad.data for x in inputs]
+    for i, dx in enumerate(dxs):
+        for other in (*arrays, *dxs[:i], y.data, seed):
+            assert not np.shares_memory(dx, other)
+    assert np.all(seed == 1)
+
+
+@cases
+@given(data=st.data())
+@settings(max_examples=2)
+def test_only_what_is_needed_is_differentiated(case, data):
+    arrays, f, _ = case.draw(data, SMALL)
+    _, dxs, weights = gradients(f, arrays)
+    for needed, expected in enumerate(dxs):
+        inputs = [Tensor(x, requires_grad=i == needed) if i <= needed else x for i, x in enumerate(arrays)]
+        dx, = grad(np.sum(f(*inputs) * weights), inputs[needed])
+        np.testing.assert_array_equal(dx.numpy(), expected.numpy())
+    with no_grad():
+        assert not f(*(Tensor(x, requires_grad=True) for x in arrays)).requires_grad
+
+
+@cases
+@given(data=st.data())
+@settings(max_examples=2)
+def test_unfused_records_primitive_ops_only(case, data):
+    arrays, f, _ = case.draw(data, SMALL)
+    inputs = [Tensor(x, requires_grad=True) for x in arrays]
+    assert any(op.reference is not None for op in ops_below(f(*inputs)))
+    with unfused():
+        assert all(op.reference is None for op in ops_below(f(*inputs)))
+
+
+def ops_below(y):
+    found, waiting = [], [y]
+    while waiting:
+        x = waiting.pop()
+        if isinstance(x, Tensor) and x.node is not None:
+            found.append(x.node.op)
+            waiting.extend(x.node.inputs)
+    return found
+
+
+def test_the_table_has_every_fused_op():
+    fused_ops = {name.strip("_") for name, f in vars(module).items() if getattr(f, "reference", None) is not None}
+    assert fused_ops == {case.name.split()[0] for case in CASES}
+    for name in fused_ops:
+        assert getattr(minitensor, name).__doc__, f"{name} has no docstring"
+
+
+def test_a_fused_op_without_a_reference_is_an_error_at_import():
+    source = "from minitensor import fused\n@fused({})\ndef double(x):\n    return 2 * x, lambda g: 2 * g\n"
+    for nothing in ("None", "reference=None", ""):
+        with pytest.raises(TypeError, match="reference"):
+            exec(source.format(nothing), {})
+    exec(source.format("lambda x: 2 * x"), {})
+    with pytest.raises(TypeError, match="fused: a fused op names its reference, .*; got None"):
+        fused(None)
+
+
+# ---- no rows, no batch, axes of length one --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [(0, 5), (2, 0, 5), (0, 3, 5), (1, 5), (1, 1, 5)])
+def test_no_rows_and_single_rows(rows, dtype):
+    x, weight, bias = np.ones(rows, dtype), np.ones((4, 5), dtype), np.ones(5, dtype)
+    ids = np.zeros(rows[:-1], int)
+    for f, arrays, shape in [
+        (linear, (x, weight), (*rows[:-1], 4)), (linear, (x, weight, bias[:4]), (*rows[:-1], 4)),
+        (functools.partial(linear, activation="gelu"), (x, weight, bias[:4]), (*rows[:-1], 4)),
+        (gelu, (x,), rows), (layernorm, (x, bias), rows), (layernorm, (x, bias, bias), rows),
+        (softmax, (x,), rows), (log_softmax, (x,), rows), (functools.partial(dropout, p=0.5), (x,), rows),
+        (functools.partial(embedding, ids), (weight,), (*rows[:-1], 5)),
+        (lambda x: cross_entropy(x, ids, reduction="none"), (x,), rows[:-1]),
+        (lambda x: cross_entropy(x, ids, reduction="sum"), (x,), ()),
+    ]:
+        y, dxs, _ = gradients(f, arrays)
+        assert y.shape == shape and y.dtype == dtype
+        for a, dx in zip(arrays, dxs, strict=True):
+            assert dx.shape == a.shape and dx.dtype == dtype
+            assert math.prod(rows) or not dx.numpy().any()      # sums over no rows are zeros
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (1, 1, 12), (2, 1, 3)])
+def test_attention_of_nothing_and_of_one_token(shape):
+    heads = 1 if shape[2] == 3 else 2
+    qkv = np.arange(float(math.prod(shape))).reshape(shape)
+    y, (dqkv,), weights = gradients(lambda x: attention(x, heads), [qkv])
+    width = shape[2] // 3
+    assert y.shape == (*shape[:2], width) and dqkv.shape == shape
+    if shape[1] == 1:                                           # one token can only look at itself
+        np.testing.assert_array_equal(y.numpy(), qkv[..., 2 * width:])
+        np.testing.assert_array_equal(dqkv.numpy()[..., 2 * width:], weights)
+        np.testing.assert_array_equal(dqkv.numpy()[..., :2 * width], 0)
+
+
+def test_cross_entropy_of_no_target_at_all():
+    for logits, targets in ((np.ones((3, 4)), np.full(3, -100)), (np.ones((0, 4)), np.ones(0, int))):
+        x = Tensor(logits, requires_grad=True)
+        loss = cross_entropy(x, targets)
+        loss.backward()
+        assert np.isnan(loss.item()) and x.grad.shape == x.shape
+        assert cross_entropy(x, targets, reduction="sum").item() == 0
+
+
+# ---- numbers that are hard ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_numbers_do_not_overflow(dtype):
+    x = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -1e4]], dtype)
+    np.testing.assert_allclose(softmax(x), [[1, 0, 0], [1 / 3] * 3], rtol=1e-6)
+    np.testing.assert_allclose(log_softmax(x), [[0, -1e4, -2e4], [-math.log(3)] * 3], rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(x, np.array([2, 0]), reduction="none"), [2e4, math.log(3)], rtol=1e-6)
+    for approximate in ("none", "tanh"):
+        np.testing.assert_array_equal(gelu(np.array([-1e4, -0.0, 0, 1e4], dtype), approximate), [0, 0, 0, 1e4])
+    for options in ({}, {"activation": "gelu"}):
+        f = functools.partial(linear, **options)
+        y, (dx, _), _ = gradients(f, [x, np.ones((1, 3), dtype)])
+        assert np.isfinite(y.numpy()).all() and np.isfinite(dx.numpy()).all()
+
+
+def test_masked_logits():
+    x = Tensor(np.array([[-np.inf, 0.0, 0.0]]), requires_grad=True)
+    np.testing.assert_allclose(softmax(x).numpy(), [[0, 0.5, 0.5]])
+    loss = cross_entropy(x, np.array([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    np.testing.assert_allclose(x.grad.numpy(), [[0, -0.5, 0.5]])
+
+
+def test_layernorm_of_equal_numbers_is_the_bias():
+    y, (dx, dweight, dbias), weights = gradients(layernorm, [np.full((2, 4), 3.0), np.ones(4), np.arange(4.0)])
+    np.testing.assert_array_equal(y.numpy(), [np.arange(4.0)] * 2)
+    np.testing.assert_array_equal(dweight.numpy(), 0)
+    np.testing.assert_allclose(dbias.numpy(), weights.sum(axis=0))
+    assert np.isfinite(dx.numpy()).all()
+
+
+# ---- dropout's seeds ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("f", [
+    lambda x: dropout(x, 0.5),
+    lambda x: attention(x, 2, p=0.5),
+], ids=["dropout", "attention"])
+def test_the_seed_sets_all_masks_to_come(f):
+    x = np.random.default_rng(0).standard_normal((2, 8, 12))
+    minitensor.seed(3)
+    first, second = f(x), f(x)
+    assert not np.array_equal(first, second)
+    minitensor.seed(3)
+    np.testing.assert_array_equal(f(x), first)
+    np.testing.assert_array_equal(f(x), second)
+    minitensor.seed(4)
+    assert not np.array_equal(f(x), first)
+
+
+def test_dropout_of_probability_zero_is_nothing_at_all():
+    x = Tensor([1.0, 2.0])
+    assert dropout(x, 0) is x
+    minitensor.seed(0)
+    qkv = np.ones((1, 2, 6))
+    attention(qkv, 1)                                           # takes no seed
+    dropped = dropout(np.ones(64), 0.5)
+    minitensor.seed(0)
+    np.testing.assert_array_equal(dropout(np.ones(64), 0.5), dropped)
+
+
+def test_dropout_keeps_the_mean():
+    y = dropout(np.ones(100_000), 0.2, seed=1)
+    assert set(np.unique(y)) == {0, 1.25}
+    assert y.mean() == pytest.approx(1, abs=0.01)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("wrong", "error", "message"), [
+    (lambda x: linear(x, np.ones((4, 5))), ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(4, 5\)"),
+    (lambda x: linear(x, np.ones(6)), ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(6,\)"),
+    (lambda x: linear(x[0, 0], np.ones((4, 6))), ValueError, r"linear: inner sizes differ: x is \(\)"),
+    (lambda x: linear(x, np.ones((4, 6)), np.ones(3)), ValueError, r"bias has shape \(3,\); it must be \(4\)"),
+    (lambda x: linear(x, np.ones((4, 6)), activation="relu"), ValueError, "activation is 'relu'; it must be None,"),
+    (lambda x: linear(x, np.ones((4, 6), np.float32)), TypeError, "linear: float32 and float64 are mixed"),
+    (lambda x: gelu(x, "erf"), ValueError, "gelu: approximate is 'erf'; it must be 'none' or 'tanh'"),
+    (lambda x: layernorm(x, np.ones(5)), ValueError, r"gain has shape \(5,\); it must be \(6\)"),
+    (lambda x: softmax(x, axis=2), ValueError, "axis"),
+    (lambda x: log_softmax(x, axis=-3), ValueError, "axis"),
+    (lambda x: attention(x, 2), ValueError, r"attention: qkv is \(2, 6\); it must be \(B, T, 3C\)"),
+    (lambda x: attention(x[None], 3), ValueError, "with 3 heads dividing C"),
+    (lambda x: attention(x[None], 0), ValueError, "with 0 heads dividing C"),
+    (lambda x: attention(x[None], 2, p=1.0), ValueError, r"p is 1.0; .* must be in \[0, 1\)"),
+    (lambda x: dropout(x, -0.1), ValueError, r"p is -0.1; .* must be in \[0, 1\)"),
+    (lambda x: dropout(x, 1), ValueError, r"p is 1; .* must be in \[0, 1\)"),
+    (lambda x: embedding([0, 2], x), IndexError, "embedding: ids holds 2; it must be in 0 to 1"),
+    (lambda x: embedding([-1], x), IndexError, "embedding: ids holds -1; it must be in 0 to 1"),
+    (lambda x: embedding([0.5], x), TypeError, "embedding: ids is an array of float64; it must hold integers"),
+    (lambda x: cross_entropy(x, [0]), ValueError, r"logits are \(2, 6\), targets are \(1,\); targets.shape must equal"),
+    (lambda x: cross_entropy(x, [0, 6]), IndexError, "targets holds 6; it must be in 0 to 5"),
+    (lambda x: cross_entropy(x, [0, -1]), IndexError, "targets holds -1; it must be in 0 to 5"),
+    (lambda x: cross_entropy(x, [0.0, 1.0]), TypeError, "targets is an array of float64; it must hold integers"),
+    (lambda x: cross_entropy(x, [0, 1], reduction="max"), ValueError, "reduction is 'max'; it must be 'mean', 'sum'"),
+])
+def test_wrong_arguments_are_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong(Tensor(np.ones((2, 6))))
