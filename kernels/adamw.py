@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from kernels.check import check
-from kernels.jit import flat_tasks, helper, kernel
+from kernels.jit import flat_tasks, helper, kernel, launch
 
 
 def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, lr: float,
@@ -26,16 +26,16 @@ def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second
         check("adamw", name, array, parameter.shape, like=parameter)
     real = parameter.dtype.type
     root = math.sqrt(1 - beta2**step)
-    _adamw(*(x.reshape(-1) for x in (parameter, gradient, first, second)), real(1 - lr * decay), real(scale),
-           real(beta1), real(1 - beta1), real(beta2), real(1 - beta2), real(lr / (1 - beta1**step)), real(root),
-           real(eps), flat_tasks(parameter))
+    launch(_adamw, flat_tasks(parameter), *(x.reshape(-1) for x in (parameter, gradient, first, second)),
+           real(1 - lr * decay), real(scale), real(beta1), real(1 - beta1), real(beta2), real(1 - beta2),
+           real(lr / (1 - beta1**step)), real(root), real(eps))
 
 
 def sum_of_squares(x: np.ndarray) -> float:
     """Σ x² in float64, for the norm of a gradient."""
     check("sum_of_squares", "x", x)
     partial = np.empty(flat_tasks(x))
-    _sum_of_squares(x.reshape(-1), partial)
+    launch(_sum_of_squares, len(partial), x.reshape(-1), partial)
     return float(partial.sum())
 
 
@@ -57,8 +57,7 @@ def adamw_part(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root
 
 
 @kernel
-def _sum_of_squares(x, partial):
-    tasks = partial.size
+def _sum_of_squares(x, partial, tasks):
     for index in prange(tasks):
         task = np.int64(index)
         partial[task] = squares_part(x[x.size * task // tasks:x.size * (task + 1) // tasks])

@@ -29,7 +29,8 @@ from kernels import memory
 from kernels.check import check
 from kernels.dropout import U32, U64, keep_below, kept, row_key
 from kernels.elementary import exp
-from kernels.jit import helper, kernel, mover
+from kernels.jit import helper, kernel, launch, mover
+from kernels.pack import pack_transposed
 from kernels.simd import ROWS, columns, out_of_line, register_tile, row_max
 
 QUERIES = -(-48 // ROWS) * ROWS              # queries in a block: whole register tiles
@@ -50,10 +51,10 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
         padded, keys = _round_up(depth, tile), _round_up(48, tile)
         key_rows = _round_up(time, keys)
         real = qkv.dtype.type
-        _attention_forward(qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), heads, depth, causal,
-                           real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)), U64(seed), tile, padded, keys,
-                           *_scratch(qkv.dtype, key_rows * depth, key_rows * padded, QUERIES * depth, QUERIES * keys,
-                                     QUERIES * padded, 2 * QUERIES))
+        launch(_attention_forward, batch * heads, qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), heads, depth,
+               causal, real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)), U64(seed), tile, padded, keys,
+               *_scratch(qkv.dtype, (key_rows * depth,), (key_rows, padded), (QUERIES, depth), (QUERIES, keys),
+                         (QUERIES, padded), (2, QUERIES)))
     return out, norms
 
 
@@ -70,12 +71,12 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
         padded, keys, rows = _round_up(depth, tile), _round_up(48, tile), _round_up(time, QUERIES)
         key_rows = _round_up(keys, ROWS)
         real = qkv.dtype.type
-        _attention_backward(dout.reshape(-1), qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), dqkv.reshape(-1),
-                            heads, depth, causal, real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)),
-                            U64(seed), tile, padded, keys, key_rows,
-                            *_scratch(qkv.dtype, rows * padded, rows * padded, rows * padded, rows, keys * depth,
-                                      keys * depth, keys * padded, key_rows * padded, key_rows * padded,
-                                      QUERIES * key_rows, QUERIES * key_rows))
+        launch(_attention_backward, batch * heads, dout.reshape(-1), qkv.reshape(-1), out.reshape(-1),
+               norms.reshape(-1, time), dqkv.reshape(-1), heads, depth, causal, real(1 / math.sqrt(depth)), keep_below(p),
+               real(1 / (1 - p)), U64(seed), tile, padded, keys, key_rows,
+               *_scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,), (keys * depth,), (keys * depth,),
+                         (keys, padded), (key_rows, padded), (key_rows, padded), (QUERIES, key_rows),
+                         (QUERIES, key_rows)))
     return dqkv
 
 
@@ -91,15 +92,15 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _scratch(dtype: np.dtype, *sizes: int) -> list[np.ndarray]:
-    """Arrays of these sizes for each thread."""
-    return [memory.empty((numba.config.NUMBA_NUM_THREADS, size), dtype) for size in sizes]
+def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Arrays of these shapes for each thread."""
+    return [memory.empty((numba.config.NUMBA_NUM_THREADS, *shape), dtype) for shape in shapes]
 
 
 @kernel
 def _attention_forward(qkv, out, norms, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded, keys,
-                       key_panels, values, queries, scores, sums, tops):
-    for index in prange(len(norms)):
+                       key_panels, values, queries, scores, sums, tops, tasks):
+    for index in prange(tasks):
         task = np.int64(index)
         t = numba.get_thread_id()
         head_forward(qkv, out, norms[task], task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
@@ -113,59 +114,63 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, scale, limit, kept
     time, width = norms.size, heads * depth
     start = task // heads * time * 3 * width + task % heads * depth
     one = norms.dtype.type(1)
-    blocks = (time + keys - 1) // keys
-    pack_panels(qkv, start + width, 3 * width, time, depth, blocks * keys, tile, key_panels)
-    pack_rows(qkv, start + 2 * width, 3 * width, time, depth, blocks * keys, padded, one, values)
+    for j in range(0, time, tile):
+        pack_transposed(qkv, start + width + j * 3 * width, 3 * width, min(tile, time - j), depth, key_panels, j * depth,
+                        tile)
+    pack_rows(qkv, start + 2 * width, 3 * width, time, depth, one, values)
     for i0 in range(0, time, QUERIES):
         rows = min(QUERIES, time - i0)
-        pack_rows(qkv, start + i0 * 3 * width, 3 * width, rows, depth, QUERIES, depth, scale, queries)
+        pack_rows(qkv, start + i0 * 3 * width, 3 * width, rows, depth, scale, queries)
         sums[:] = 0
-        tops[:QUERIES] = -math.inf
-        tops[QUERIES:] = 0
+        tops[0] = -math.inf
+        tops[1] = 0
         for j0 in range(0, i0 + rows if causal else time, keys):
             count = min(keys, time - j0)
             diagonal = i0 - j0 if causal else time
             multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, keys, rows, count, tile, diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
-                shrink = weigh(scores, i * keys, n, tops, i)
-                for d in range(padded):
-                    sums[i * padded + d] *= shrink
-                for j in range(n, keys):
-                    scores[i * keys + j] = 0
+                weigh(scores[i], n, tops, i, sums[i])
                 if kept_scale != one:
-                    drop(scores, i * keys, n, limit, kept_scale, seed, task * time + i0 + i, j0)
+                    drop(scores[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
             multiply_rows(scores, keys, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
         for i in range(rows):
-            norms[i0 + i] = tops[i] + norms.dtype.type(math.log(tops[QUERIES + i]))
-            inverse = one / tops[QUERIES + i]
+            norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
             to = (task // heads * time + i0 + i) * width + task % heads * depth
-            for d in range(depth):
-                out[to + d] = sums[i * padded + d] * inverse
+            scale_row(sums[i], one / tops[1, i], out[to:to + depth])
 
 
 @helper
-def weigh(scores, start, n, tops, i):
-    """p = exp(s - m) for n keys; m and Σ p of query i go on in tops. The factor by which earlier sums shrink."""
-    m = max(tops[i], row_max(scores, start, n))
-    zero = tops.dtype.type(0)
-    base = zero if m == -math.inf else m                 # scores of -inf alone: exp(s - 0) is 0
-    total = zero
-    for j in range(start, start + n):
+def weigh(scores, n, tops, i, sums):
+    """p = exp(s - m) for n keys, 0 for the others; m and Σ p of query i go on in tops, and what was summed shrinks."""
+    m = max(tops[0, i], row_max(scores, 0, n))
+    base = m if m > -math.inf else tops.dtype.type(0)     # scores of -inf alone: exp(s - 0) is 0
+    total = tops.dtype.type(0)
+    for j in range(n):
         e = exp(scores[j] - base)
         scores[j] = e
         total += e
-    shrink = exp(tops[i] - base)
-    tops[i] = m
-    tops[QUERIES + i] = tops[QUERIES + i] * shrink + total
-    return shrink
+    scores[n:] = 0
+    if m != tops[0, i]:
+        shrink = exp(tops[0, i] - base)
+        tops[0, i] = m
+        tops[1, i] *= shrink
+        for d in range(sums.size):
+            sums[d] *= shrink
+    tops[1, i] += total
+
+
+@helper
+def scale_row(x, scale, to):
+    for d in range(to.size):
+        to[d] = x[d] * scale
 
 
 @kernel
 def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
                         keys, key_rows, queries, douts, dqueries, deltas, key_panels, value_panels, key_block, dkeys,
-                        dvalues, weights, dscores):
-    for index in prange(len(norms)):
+                        dvalues, weights, dscores, tasks):
+    for index in prange(tasks):
         task = np.int64(index)
         t = numba.get_thread_id()
         head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, scale, limit, kept_scale, seed,
@@ -183,21 +188,19 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale
     start = task // heads * time * 3 * width + task % heads * depth
     start_out = task // heads * time * width + task % heads * depth
     one = norms.dtype.type(1)
-    blocks = (time + QUERIES - 1) // QUERIES
-    pack_rows(qkv, start, 3 * width, time, depth, blocks * QUERIES, padded, scale, queries)
-    pack_rows(dout, start_out, width, time, depth, blocks * QUERIES, padded, one, douts)
+    pack_rows(qkv, start, 3 * width, time, depth, scale, queries)
+    pack_rows(dout, start_out, width, time, depth, one, douts)
     dqueries[:] = 0
     for i in range(time):
-        delta = norms.dtype.type(0)
-        for d in range(depth):
-            delta += douts[i * padded + d] * out[start_out + i * width + d]
-        deltas[i] = delta
+        deltas[i] = inner(douts[i], out[start_out + i * width:start_out + i * width + depth])
     for j0 in range(0, time, keys):
         count = min(keys, time - j0)
         at = start + j0 * 3 * width
-        pack_panels(qkv, at + width, 3 * width, count, depth, keys, tile, key_panels)
-        pack_panels(qkv, at + 2 * width, 3 * width, count, depth, keys, tile, value_panels)
-        pack_rows(qkv, at + width, 3 * width, count, depth, keys, padded, one, key_block)
+        for j in range(0, count, tile):
+            for panels, third in ((key_panels, 1), (value_panels, 2)):
+                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j), depth, panels,
+                                j * depth, tile)
+        pack_rows(qkv, at + width, 3 * width, count, depth, one, key_block)
         dkeys[:] = 0
         dvalues[:] = 0
         for i0 in range(j0 // QUERIES * QUERIES if causal else 0, time, QUERIES):
@@ -208,29 +211,36 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale
             multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows, rows, count, tile, diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
-                row, mask_row = i * key_rows, task * time + i0 + i
                 if kept_scale != one:
-                    drop(dscores, row, n, limit, kept_scale, seed, mask_row, j0)
-                weigh_backward(weights, dscores, row, n, norms[i0 + i], deltas[i0 + i])
+                    drop(dscores[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
+                weigh_backward(weights[i], dscores[i], n, norms[i0 + i], deltas[i0 + i])
                 if kept_scale != one:
-                    drop(weights, row, n, limit, kept_scale, seed, mask_row, j0)
-                for j in range(row + n, row + key_rows):
-                    weights[j] = 0
-                    dscores[j] = 0
+                    drop(weights[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
             multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded, rows, count, tile, diagonal)
             multiply_columns(weights, key_rows, douts, block, dvalues, padded, rows, count, tile, diagonal)
             multiply_columns(dscores, key_rows, queries, block, dkeys, padded, rows, count, tile, diagonal)
-        unpack_rows(dkeys, padded, count, depth, one, dqkv, at + width, 3 * width)
-        unpack_rows(dvalues, padded, count, depth, one, dqkv, at + 2 * width, 3 * width)
-    unpack_rows(dqueries, padded, time, depth, scale, dqkv, start, 3 * width)
+        unpack_rows(dkeys, count, depth, one, dqkv, at + width, 3 * width)
+        unpack_rows(dvalues, count, depth, one, dqkv, at + 2 * width, 3 * width)
+    unpack_rows(dqueries, time, depth, scale, dqkv, start, 3 * width)
 
 
 @helper
-def weigh_backward(weights, dscores, start, n, norm, delta):
-    """p = exp(s - n), ds = p (dp - δ), in place of s and dp."""
-    for j in range(start, start + n):
-        weights[j] = exp(weights[j] - norm)
-        dscores[j] = weights[j] * (dscores[j] - delta)
+def weigh_backward(weights, dscores, n, norm, delta):
+    """p = exp(s - n), ds = p (dp - δ), in place of s and dp, for n keys; 0 for the others."""
+    for j in range(n):
+        p = exp(weights[j] - norm)
+        weights[j] = p
+        dscores[j] = p * (dscores[j] - delta)
+    weights[n:] = 0
+    dscores[n:] = 0
+
+
+@helper
+def inner(x, y):
+    total = y.dtype.type(0)
+    for d in range(y.size):
+        total += x[d] * y[d]
+    return total
 
 
 # ---- products of a block of queries, i < rows, and a block of keys, j < count, of which only j <= i + diagonal count ----
@@ -270,40 +280,36 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
 
 
 @mover
-def pack_rows(x, start, stride, count, depth, rows, width, scale, to):
-    """to[i, d] = scale x_i[d] in rows of width; zero beyond count and beyond depth. x_i: x from start + i stride on."""
+def pack_rows(x, start, stride, count, depth, scale, to):
+    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and beyond depth."""
     out_of_line()
-    for i in range(rows):
-        for d in range(depth if i < count else 0):
-            to[i * width + d] = x[start + i * stride + d] * scale
-        for d in range(depth if i < count else 0, width):
-            to[i * width + d] = 0
+    for i in range(len(to)):
+        row = to[i]
+        if i < count:
+            x_i = x[start + i * stride:start + i * stride + depth]
+            for d in range(depth):
+                row[d] = x_i[d] * scale
+            row[depth:] = 0
+        else:
+            row[:] = 0
 
 
 @mover
-def unpack_rows(x, width, count, depth, scale, to, start, stride):
+def unpack_rows(x, count, depth, scale, to, start, stride):
     """The way back: to_i[d] = scale x[i, d]."""
     out_of_line()
     for i in range(count):
+        row, to_i = x[i], to[start + i * stride:start + i * stride + depth]
         for d in range(depth):
-            to[start + i * stride + d] = x[i * width + d] * scale
+            to_i[d] = row[d] * scale
 
 
 @mover
-def pack_panels(x, start, stride, count, depth, rows, tile, to):
-    """x transposed, in panels of tile columns: to[panel, d, j] = x_j[d]; zero beyond count."""
-    out_of_line()
-    for j in range(rows):
-        at = j // tile * tile * depth + j % tile
-        for d in range(depth):
-            to[at + d * tile] = x[start + j * stride + d] if j < count else 0
-
-
-@mover
-def drop(x, start, n, limit, kept_scale, seed, mask_row, first_column):
-    """Dropout of n elements of a row of weights."""
+def drop(weights, n, limit, kept_scale, seed, mask_row, first_column):
+    """Dropout of the first n of a row of weights."""
     out_of_line()
     key = row_key(seed, mask_row)
     low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
+    zero = weights.dtype.type(0)
     for j in range(n):
-        x[start + j] = x[start + j] * kept_scale if kept(low, high, first_column + j, limit) else x.dtype.type(0)
+        weights[j] = weights[j] * kept_scale if kept(low, high, first_column + j, limit) else zero

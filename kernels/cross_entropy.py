@@ -13,7 +13,7 @@ from kernels import memory
 from kernels.check import check, check_integers
 from kernels.elementary import exp
 from kernels.embedding import check_range
-from kernels.jit import helper, kernel, row_tasks
+from kernels.jit import helper, kernel, launch, row_tasks
 from kernels.softmax import log_sum_exp
 
 
@@ -24,7 +24,7 @@ def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray,
     check_integers("cross_entropy_forward", "targets", targets, logits.shape[:1])
     check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[1])
     losses, norms = memory.empty(len(logits), logits.dtype), memory.empty(len(logits), logits.dtype)
-    _cross_entropy_forward(logits, targets, ignore_index, losses, norms, row_tasks(logits))
+    launch(_cross_entropy_forward, row_tasks(logits), logits, targets, ignore_index, losses, norms)
     return losses, norms
 
 
@@ -37,7 +37,7 @@ def cross_entropy_backward(dlosses: np.ndarray, logits: np.ndarray, targets: np.
     check_integers("cross_entropy_backward", "targets", targets, logits.shape[:1])
     check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[1])
     dlogits = memory.empty(logits.shape, logits.dtype)
-    _cross_entropy_backward(dlosses, logits, targets, norms, ignore_index, dlogits, row_tasks(logits))
+    launch(_cross_entropy_backward, row_tasks(logits), dlosses, logits, targets, norms, ignore_index, dlogits)
     return dlogits
 
 

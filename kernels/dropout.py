@@ -13,7 +13,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
-from kernels.jit import flat_tasks, helper, kernel
+from kernels.jit import flat_tasks, helper, kernel, launch
 
 U32, U64 = np.uint32, np.uint64
 ROW = 4096
@@ -25,7 +25,7 @@ def dropout(x: np.ndarray, p: float, seed: int) -> np.ndarray:
     """x of any shape -> y; called on the gradient with the same p and seed, it is the backward pass."""
     check("dropout", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    _dropout(x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), U64(seed), y.reshape(-1), flat_tasks(x))
+    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), U64(seed), y.reshape(-1))
     return y
 
 

@@ -11,7 +11,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check, check_integers
-from kernels.jit import helper, kernel, row_tasks
+from kernels.jit import helper, kernel, launch, row_tasks
 
 
 def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -20,7 +20,7 @@ def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     check_integers("embedding_forward", "ids", ids, (None,))
     check_range("embedding", "ids", ids, len(weight))
     y = memory.empty((len(ids), weight.shape[1]), weight.dtype)
-    _embedding_forward(ids, weight, y, row_tasks(y))
+    launch(_embedding_forward, row_tasks(y), ids, weight, y)
     return y
 
 
@@ -30,7 +30,7 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray
     check_integers("embedding_backward", "ids", ids, dy.shape[:1])
     check_range("embedding", "ids", ids, rows)
     dweight = memory.zeros((rows, dy.shape[1]), dy.dtype)
-    _embedding_backward(dy, ids, dweight, max(1, dy.shape[1] // 32))
+    launch(_embedding_backward, max(1, min(dy.shape[1] // 32, row_tasks(dy))), dy, ids, dweight)
     return dweight
 
 

@@ -15,7 +15,7 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.elementary import erf, exp, tanh
-from kernels.jit import flat_tasks, helper, kernel
+from kernels.jit import flat_tasks, helper, kernel, launch
 
 HALF_ROOT = math.sqrt(0.5)                   # 1 / √2
 DENSITY = 1 / math.sqrt(2 * math.pi)         # φ(0)
@@ -26,7 +26,7 @@ def gelu_forward(x: np.ndarray, approximate: bool = False) -> np.ndarray:
     """x of any shape -> y; approximate: the tanh form."""
     check("gelu_forward", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    _gelu_forward(x.reshape(-1), approximate, y.reshape(-1), flat_tasks(x))
+    launch(_gelu_forward, flat_tasks(x), x.reshape(-1), approximate, y.reshape(-1))
     return y
 
 
@@ -35,7 +35,7 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, approximate: bool = False) -> n
     check("gelu_backward", "dy", dy)
     check("gelu_backward", "x", x, dy.shape, like=dy)
     dx = memory.empty(x.shape, x.dtype)
-    _gelu_backward(dy.reshape(-1), x.reshape(-1), approximate, dx.reshape(-1), flat_tasks(x))
+    launch(_gelu_backward, flat_tasks(x), dy.reshape(-1), x.reshape(-1), approximate, dx.reshape(-1))
     return dx
 
 

@@ -14,7 +14,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
-from kernels.jit import helper, kernel, row_tasks
+from kernels.jit import helper, kernel, launch, row_tasks
 
 
 def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None = None,
@@ -25,7 +25,8 @@ def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None =
     if bias is not None:
         check("layernorm_forward", "bias", bias, x.shape[1:], like=x)
     y, mean, rstd = (memory.empty(shape, x.dtype) for shape in (x.shape, x.shape[:1], x.shape[:1]))
-    _layernorm_forward(x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps), y, mean, rstd, row_tasks(x))
+    launch(_layernorm_forward, row_tasks(x), x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps), y, mean,
+           rstd)
     return y, mean, rstd
 
 
@@ -41,7 +42,7 @@ def layernorm_backward(dy: np.ndarray, x: np.ndarray, gain: np.ndarray, mean: np
     dx = memory.empty(x.shape, x.dtype)
     partial = memory.zeros((2, tasks, x.shape[1]), x.dtype)
     sums = memory.empty((2, x.shape[1]), x.dtype)
-    _layernorm_backward(dy, x, gain, mean, rstd, dx, partial[0], partial[1], tasks)
+    launch(_layernorm_backward, tasks, dy, x, gain, mean, rstd, dx, partial[0], partial[1])
     np.sum(partial, axis=1, out=sums)
     return dx, sums[0], sums[1]
 

@@ -16,13 +16,15 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel, mover
-from kernels.simd import ROWS, columns, out_of_line, register_tile
+from kernels.jit import helper, kernel, launch
+from kernels.pack import pack_columns, pack_panel_of_a, pack_transposed
+from kernels.simd import ROWS, columns, register_tile
 
 BLOCK_K = 256               # a panel of B: 256 x 2 vectors of 32 bytes is 16 KB, half of a first-level cache
 BLOCK_N = 4096              # packed B: 256 x 4096 floats is 4 MB, in the last-level cache
 BLOCK_M = 16 * ROWS         # rows of A that a task takes at the most: about 100 x 256 floats, in the second level
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
+SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 
 
 def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False) -> np.ndarray:
@@ -77,82 +79,46 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     count, m, n = c.shape
     width = columns(c.dtype)
     panels = -(-min(n, BLOCK_N) // width)
-    blocks = max(-(-m // BLOCK_M), min(-(-m // ROWS), -(-TASKS // count)))
+    wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
+    blocks = max(-(-m // BLOCK_M), min(-(-m // ROWS), wanted))
     rows = -(-m // (blocks * ROWS)) * ROWS
-    chunks = max(1, min(panels, TASKS // (count * -(-m // rows))))
-    packed = memory.empty((len(b), panels, min(k, BLOCK_K) * width), c.dtype)
+    blocks = -(-m // rows)
+    chunks = max(1, min(panels, wanted // blocks))
+    panel_size = min(k, BLOCK_K) * width
+    packed = memory.empty(len(b) * panels * panel_size, c.dtype)
     none = c[:0]
-    _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed, none[:, 0, 0] if bias is None else bias,
-              none if activated is None else activated, approximate)
+    launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b, rows, blocks,
+           chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, c, k, transpose_a, transpose_b, rows, chunks, width, packed, bias, activated, approximate):
-    count, m, n = c.shape
-    row_blocks = (m + rows - 1) // rows
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunks, width, packed, panel_size, bias,
+              activated, approximate, tasks):
+    m, n = c.shape[1:]
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), BLOCK_K):
             depth = min(BLOCK_K, k - k0)
-            for index in prange(len(b) * panels):
+            for index in prange(batch_b * panels):
                 task = np.int64(index)
-                pack_columns(b[task // panels], packed[task // panels, task % panels], k0, depth,
-                             n0 + task % panels * width, width, transpose_b)
-            for index in prange(count * row_blocks * chunks):
+                batch, panel = task // panels, task % panels
+                j = n0 + panel * width
+                to = task * panel_size
+                if transpose_b:
+                    pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth, packed, to, width)
+                else:
+                    pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth, packed, to, width)
+            for index in prange(tasks):
                 task = np.int64(index)
-                batch, rest = task // (row_blocks * chunks), task % (row_blocks * chunks)
+                batch, rest = task // (blocks * chunks), task % (blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
                 i0, i1 = block * rows, min(m, block * rows + rows)
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                multiply_block(a[batch if len(a) > 1 else 0], packed[batch if len(b) > 1 else 0], c[batch],
-                               i0, i1, k0, depth, n0, width, first, last, transpose_a)
+                multiply_block(a[batch if len(a) > 1 else 0], packed, batch * panels if batch_b > 1 else 0, panel_size,
+                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
                 if k0 + depth == k and (bias.size or len(activated)):
                     finish_block(c[batch], bias, activated[batch:batch + 1], approximate,
                                  i0, i1, n0 + first * width, min(n, n0 + last * width))
-
-
-@mover
-def pack_columns(b, panel, k0, depth, j0, width, transposed):
-    """panel[p, j] = op(b)[k0 + p, j0 + j], zero beyond the last column."""
-    out_of_line()
-    n = b.shape[0] if transposed else b.shape[1]
-    full = min(width, n - j0)
-    if transposed:
-        for j in range(full):
-            row = b[j0 + j]
-            for p in range(depth):
-                panel[p * width + j] = row[k0 + p]
-    elif full == width:
-        for p in range(depth):
-            row = b[k0 + p]
-            for j in range(width):
-                panel[p * width + j] = row[j0 + j]
-    else:
-        for p in range(depth):
-            for j in range(full):
-                panel[p * width + j] = b[k0 + p, j0 + j]
-    if full < width:
-        for p in range(depth):
-            for j in range(full, width):
-                panel[p * width + j] = 0
-
-
-@mover
-def pack_rows(a, panel, i0, i1, k0, depth, transposed):
-    """panel[p, i] = op(a)[i0 + i, k0 + p], zero beyond row i1."""
-    out_of_line()
-    height = min(ROWS, i1 - i0)
-    if transposed:
-        for p in range(depth):
-            for i in range(height):
-                panel[p * ROWS + i] = a[k0 + p, i0 + i]
-    else:
-        for i in range(height):
-            for p in range(depth):
-                panel[p * ROWS + i] = a[i0 + i, k0 + p]
-    for p in range(depth):
-        for i in range(height, ROWS):
-            panel[p * ROWS + i] = 0
 
 
 @helper
@@ -168,26 +134,26 @@ def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
 
 
 @helper
-def multiply_block(a, packed, c, i0, i1, k0, depth, n0, width, first, last, transposed):
+def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0, width, first, last, transposed):
     """Rows i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
     n, stride = c.shape[1], a.shape[1]
     add = k0 > 0
-    packed_a = np.empty(((i1 - i0 + ROWS - 1) // ROWS, depth * ROWS), c.dtype)
+    packed_a = np.empty(((i1 - i0 + ROWS - 1) // ROWS, depth, ROWS), c.dtype)
     edge = np.empty((ROWS, width), c.dtype)
     for i in range(i0, i1, ROWS):
         if transposed or i + ROWS > i1:
-            pack_rows(a, packed_a[(i - i0) // ROWS], i, i1, k0, depth, transposed)
+            pack_panel_of_a(a, packed_a[(i - i0) // ROWS], i, i1, k0, depth, transposed)
     for panel in range(first, last):
         j = n0 + panel * width
-        b = packed[panel]
+        b = (first_panel + panel) * panel_size
         for i in range(i0, i1, ROWS):
             whole = i + ROWS <= i1 and j + width <= n
             out, start, row = (c, i * n + j, n) if whole else (edge, 0, width)
             if transposed or i + ROWS > i1:
-                register_tile(packed_a, (i - i0) // ROWS * depth * ROWS, 1, ROWS, b, 0, width,
+                register_tile(packed_a, (i - i0) // ROWS * depth * ROWS, 1, ROWS, packed, b, width,
                               out, start, row, depth, add and whole)
             else:
-                register_tile(a, i * stride + k0, stride, 1, b, 0, width, out, start, row, depth, add and whole)
+                register_tile(a, i * stride + k0, stride, 1, packed, b, width, out, start, row, depth, add and whole)
             if not whole:
                 for r in range(min(ROWS, i1 - i)):
                     for s in range(min(width, n - j)):

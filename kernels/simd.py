@@ -1,4 +1,4 @@
-"""The register tile of every matrix product, as vector instructions.
+"""The register tile of every matrix product, and what feeds it, as vector instructions.
 
     C (rows x 2 vectors)   =   A (rows x k)   times   B (k x 2 vectors)
 
@@ -146,6 +146,68 @@ def _tile_function(module, real):
         build.store(following[i, j], vector_at(rows_of_c[i], j), align=align)
     build.ret_void()
     return function
+
+
+@intrinsic
+def transpose_block(typing, x, x_start, x_row, to, to_start, to_row):
+    """to[p, j] = x[j, p] for a square of as many elements as a vector has; *_row: elements from a row to the next.
+
+    Rows of x are vectors. In stage s = 1, 2, 4, ... rows j and j + s exchange the lanes that differ from their row in
+    bit s, so that after the last stage lane j of row p holds what was lane p of row j.
+    """
+    n = types.intp
+    signature = types.void(x, n, n, to, n, n)
+
+    def generate(context, build, signature, args):
+        x, x_start, x_row, to, to_start, to_row = args
+        real = context.get_value_type(signature.args[0].dtype)
+        size = context.get_abi_sizeof(real)
+        lanes = TARGET.vector_bytes // size
+        vector = ir.VectorType(real, lanes)
+        x = build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start])
+        to = build.gep(context.make_array(signature.args[3])(context, build, to).data, [to_start])
+
+        def row(p, stride, j):
+            return build.bitcast(build.gep(p, [build.mul(stride, ir.Constant(INDEX, j))]), vector.as_pointer())
+
+        def shuffle(a, b, lanes_of_both):
+            mask = ir.Constant(ir.VectorType(I32, lanes), lanes_of_both)
+            return build.shuffle_vector(a, b, mask)
+
+        rows = [build.load(row(x, x_row, j), align=size) for j in range(lanes)]
+        s = 1
+        while s < lanes:
+            for j in range(lanes):
+                if not j & s:
+                    a, b = rows[j], rows[j + s]
+                    rows[j] = shuffle(a, b, [k if not k & s else lanes + k - s for k in range(lanes)])
+                    rows[j + s] = shuffle(a, b, [k + s if not k & s else lanes + k for k in range(lanes)])
+            s *= 2
+        for p in range(lanes):
+            build.store(rows[p], row(to, to_row, p), align=size)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def copy_columns(typing, x, x_start, to, to_start):
+    """Copy two vectors, the width of the register tile."""
+    signature = types.void(x, types.intp, to, types.intp)
+
+    def generate(context, build, signature, args):
+        x, x_start, to, to_start = args
+        real = context.get_value_type(signature.args[0].dtype)
+        size = context.get_abi_sizeof(real)
+        vector = ir.VectorType(real, TARGET.vector_bytes // size).as_pointer()
+        x = build.bitcast(build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start]), vector)
+        to = build.bitcast(build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start]), vector)
+        for j in range(2):
+            at = [ir.Constant(INDEX, j)]
+            build.store(build.load(build.gep(x, at), align=size), build.gep(to, at), align=size)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @intrinsic

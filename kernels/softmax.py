@@ -13,7 +13,7 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.elementary import exp
-from kernels.jit import helper, kernel, row_tasks
+from kernels.jit import helper, kernel, launch, row_tasks
 from kernels.simd import row_max
 
 
@@ -21,7 +21,7 @@ def softmax_forward(x: np.ndarray) -> np.ndarray:
     """Softmax of each row: x (N, C) -> y (N, C)."""
     check("softmax_forward", "x", x, (None, None))
     y = memory.empty(x.shape, x.dtype)
-    _softmax_forward(x, y, row_tasks(x))
+    launch(_softmax_forward, row_tasks(x), x, y)
     return y
 
 
@@ -30,7 +30,7 @@ def softmax_backward(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
     check("softmax_backward", "dy", dy, (None, None))
     check("softmax_backward", "y", y, dy.shape, like=dy)
     dx = memory.empty(y.shape, y.dtype)
-    _softmax_backward(dy, y, dx, row_tasks(y))
+    launch(_softmax_backward, row_tasks(y), dy, y, dx)
     return dx
 
 
@@ -38,7 +38,7 @@ def log_softmax_forward(x: np.ndarray) -> np.ndarray:
     """Logarithm of the softmax of each row: x (N, C) -> z (N, C)."""
     check("log_softmax_forward", "x", x, (None, None))
     z = memory.empty(x.shape, x.dtype)
-    _log_softmax_forward(x, z, row_tasks(x))
+    launch(_log_softmax_forward, row_tasks(x), x, z)
     return z
 
 
@@ -47,7 +47,7 @@ def log_softmax_backward(dz: np.ndarray, z: np.ndarray) -> np.ndarray:
     check("log_softmax_backward", "dz", dz, (None, None))
     check("log_softmax_backward", "z", z, dz.shape, like=dz)
     dx = memory.empty(z.shape, z.dtype)
-    _log_softmax_backward(dz, z, dx, row_tasks(z))
+    launch(_log_softmax_backward, row_tasks(z), dz, z, dx)
     return dx
 
 

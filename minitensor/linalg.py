@@ -8,13 +8,21 @@ from typing import Any
 
 import numpy as np
 
+import kernels
 from minitensor.ops import _alike, _values
 from minitensor.tensor import implements, op
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The product of arrays (..., M, K) and (..., K, N): the one place where matrices are multiplied."""
-    return np.matmul(x, y)
+    (x, transpose_x), (y, transpose_y) = _plain(x), _plain(y)
+    return kernels.matmul(x, y, transpose_x, transpose_y)
+
+def _plain(x: np.ndarray) -> tuple[np.ndarray, bool]:
+    """x in C order, or its last two axes exchanged where that saves a copy, and whether they are."""
+    if not x.flags.c_contiguous and np.swapaxes(x, -1, -2).flags.c_contiguous:
+        return np.swapaxes(x, -1, -2), True
+    return np.ascontiguousarray(x), False
 
 @op()
 def product(x, y):

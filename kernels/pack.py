@@ -1,0 +1,61 @@
+"""Copies of operands into the order in which the register tile reads them.
+
+A panel of B is as wide as the tile: for each k its columns side by side. A panel of A is as high: for each k its rows.
+"""
+from __future__ import annotations
+
+from kernels.jit import mover
+from kernels.simd import ROWS, copy_columns, out_of_line, transpose_block
+
+
+@mover
+def pack_columns(x, start, stride, count, depth, to, to_start, width):
+    """A panel of B from rows of k: to[p, j] = x_p[j] for j < count, else 0; x_p is x from start + p stride on."""
+    out_of_line()
+    if count == width:
+        for p in range(depth):
+            copy_columns(x, start + p * stride, to, to_start + p * width)
+    else:
+        for p in range(depth):
+            for j in range(count):
+                to[to_start + p * width + j] = x[start + p * stride + j]
+            for j in range(count, width):
+                to[to_start + p * width + j] = 0
+
+
+@mover
+def pack_transposed(x, start, stride, count, depth, to, to_start, width):
+    """A panel of B from columns: to[p, j] = x_j[p] for j < count, else 0; x_j is x from start + j stride on."""
+    out_of_line()
+    lanes = width // 2
+    squares = depth // lanes * lanes if count == width else 0
+    for p in range(0, squares, lanes):
+        for j in range(0, width, lanes):
+            transpose_block(x, start + j * stride + p, stride, to, to_start + p * width + j, width)
+    for j in range(count):
+        for p in range(squares, depth):
+            to[to_start + p * width + j] = x[start + j * stride + p]
+    for p in range(depth):
+        for j in range(count, width):
+            to[to_start + p * width + j] = 0
+
+
+@mover
+def pack_panel_of_a(a, panel, i0, i1, k0, depth, transposed):
+    """panel[p, i] = op(a)[i0 + i, k0 + p], zero beyond row i1."""
+    out_of_line()
+    height = min(ROWS, i1 - i0)
+    if transposed and height == ROWS:
+        for p in range(depth):
+            row = a[k0 + p, i0:i0 + ROWS]
+            for i in range(ROWS):
+                panel[p, i] = row[i]
+    else:
+        for p in range(depth):
+            for i in range(ROWS):
+                if i >= height:
+                    panel[p, i] = 0
+                elif transposed:
+                    panel[p, i] = a[k0 + p, i0 + i]
+                else:
+                    panel[p, i] = a[i0 + i, k0 + p]

@@ -1,0 +1,123 @@
+"""A training step (forward, backward, clip, AdamW), timed, and the same step in PyTorch.
+
+    python tests/benchmarks/train_step.py --config cpu lecture8 --versus torch
+
+Prints a JSON line for each process. With --versus torch the two sides run in turn, each --repeats times and each in
+a process of its own, and a last line for each config gives the medians and their ratio, PyTorch's time over ours.
+The peer is tests/gpt/torch_peer.py, eager, float32: the same model from the same config, with fused AdamW.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from gpt.config import Config
+
+VOCABULARY = {"gpt2": 50304}            # 65 for the others
+CONFIGS = {
+    "cpu": Config(),                                                                        # nanoGPT's CPU recipe
+    "lecture8": Config(layers=6, heads=6, width=384, context=256, dropout=0.2, batch=8),    # the lecture's, batch 8
+    "long": Config(context=2048, batch=1),
+    "gpt2": Config(layers=12, heads=12, width=768, context=64, batch=4),                    # llm.c's: 124M, B=4, T=64
+}
+STEPS = {"cpu": 40, "lecture8": 8, "long": 15, "gpt2": 5}
+WARM_UP = 3
+
+
+def ours(config: Config, vocabulary: int):
+    """A function that makes one step on ids (B, T + 1) and returns its loss, and the number of parameters."""
+    import minitensor as mt
+    from gpt.model import GPT
+    mt.seed(0)
+    model = GPT(config, vocabulary)
+    optimizer = mt.optim.AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.decay,
+                               max_norm=config.clip)
+
+    def step(ids: np.ndarray) -> float:
+        loss = mt.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step, sum(p.size for p in model.parameters())
+
+
+def peer(config: Config, vocabulary: int):
+    """As `ours`, in PyTorch."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "gpt"))
+    import torch
+    import torch_peer
+    torch.manual_seed(0)
+    model = torch_peer.build(config, vocabulary)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.decay},
+                                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
+                                  lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+    def step(ids: np.ndarray) -> float:
+        ids = torch.from_numpy(ids.astype(np.int64))
+        logits = model(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step, sum(p.numel() for p in parameters)
+
+
+def measure(name: str, side: str, steps: int) -> dict:
+    """Time steps of one side in this process, after a warm-up."""
+    config, vocabulary = CONFIGS[name], VOCABULARY.get(name, 65)
+    step, parameters = (ours if side == "ours" else peer)(config, vocabulary)
+    batches = np.random.default_rng(0).integers(vocabulary, size=(8, config.batch, config.context + 1), dtype=np.int32)
+    times, loss = [], 0.0
+    for i in range(WARM_UP + steps):
+        start = time.perf_counter()
+        loss = step(batches[i % len(batches)])
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times[WARM_UP:])
+    return dict(config=name, mode="highest" if side == "ours" else "torch eager", params=parameters,
+                step_ms_min=round(min(times[WARM_UP:]) * 1e3, 2), step_ms_median=round(median * 1e3, 2),
+                tokens_per_s=round(config.batch * config.context / median),
+                peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, loss=round(loss, 4))
+
+
+def in_a_process(name: str, side: str, steps: int) -> dict:
+    """`measure` in a new process; its line is printed."""
+    command = [sys.executable, __file__, "--config", name, "--side", side, "--steps", str(steps)]
+    line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()[-1]
+    print(line, flush=True)
+    return json.loads(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a training step.")
+    parser.add_argument("--config", nargs="+", default=["cpu"], choices=CONFIGS)
+    parser.add_argument("--precision", choices=["highest"], default="highest", help="of our products")
+    parser.add_argument("--steps", type=int, help="steps to time in each process, after 3 of warm-up")
+    parser.add_argument("--versus", choices=["torch"], help="run the PyTorch peer in turn with ours")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
+    parser.add_argument("--side", choices=["ours", "torch"], help="measure this side in this very process")
+    options = parser.parse_args()
+    for name in options.config:
+        steps = options.steps or STEPS[name]
+        if options.side:
+            print(json.dumps(measure(name, options.side, steps)), flush=True)
+        elif not options.versus:
+            in_a_process(name, "ours", steps)
+        else:
+            pairs = [[in_a_process(name, side, steps) for side in ("ours", "torch")] for _ in range(options.repeats)]
+            a, b = (statistics.median(pair[i]["step_ms_median"] for pair in pairs) for i in (0, 1))
+            print(json.dumps(dict(config=name, ours_ms=a, torch_ms=b, ratio=round(b / a, 3),
+                                  ratios=[round(y["step_ms_median"] / x["step_ms_median"], 3) for x, y in pairs])))
+
+
+if __name__ == "__main__":
+    main()

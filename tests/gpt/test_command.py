@@ -1,0 +1,154 @@
+"""The command line: what it leaves behind, and one clear line with exit code 2 for what cannot be used."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt import command
+from gpt.checkpoint import load_model
+from gpt.data import find_text
+from gpt.verse import verse
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "6",
+        "--eval-every", "3", "--warmup", "2", "--sample", "40"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "verse.txt"
+    path.write_text(verse(6000))
+    return path
+
+
+def train(text, out, *more):
+    return command.main([*TINY, "--data", str(text), "--out", str(out), *more])
+
+
+def test_a_run_leaves_checkpoint_metrics_plot_and_sample(text, tmp_path, capsys):
+    out = tmp_path / "out" / "run"
+    assert train(text, out) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert set(lines[0]) == {"step", "train_loss", "val_loss", "seconds", "tokens_per_s"}
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    sample = (out / "sample.txt").read_text()
+    assert len(sample) == 40 and sample in capsys.readouterr().out
+    model, tokenizer = load_model(out / "checkpoint.safetensors")
+    assert model.config.width == 16 and tokenizer.vocabulary == "".join(sorted(set(text.read_text())))
+
+
+def test_the_same_command_gives_the_same_bits(text, tmp_path):
+    for name in ("a", "b"):
+        assert train(text, tmp_path / name, "--dropout", "0.1") == 0
+    for file in ("checkpoint.safetensors", "sample.txt"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    losses = [[(line["train_loss"], line["val_loss"]) for line in map(json.loads, (tmp_path / name / "metrics.jsonl")
+               .read_text().splitlines())] for name in ("a", "b")]
+    assert losses[0] == losses[1]
+
+
+def test_another_seed_gives_another_run(text, tmp_path):
+    for seed in ("1", "2"):
+        assert train(text, tmp_path / seed, "--seed", seed) == 0
+    assert (tmp_path / "1" / "checkpoint.safetensors").read_bytes() \
+        != (tmp_path / "2" / "checkpoint.safetensors").read_bytes()
+
+
+BAD = {
+    "missing text": (["--data", "{tmp}/none.txt"], "no such file"),
+    "empty text": (["--data", "{tmp}/empty.txt"], "is empty"),
+    "binary text": (["--data", "{tmp}/binary.txt"], "is binary"),
+    "undecodable text": (["--data", "{tmp}/latin.txt"], "is not UTF-8"),
+    "short text": (["--data", "{tmp}/short.txt"], "too short"),
+    "folder as text": (["--data", "{tmp}"], "is a folder"),
+    "heads": (["--width", "30", "--heads", "4"], "--heads is 4; it must be a divisor of the width, 30"),
+    "zero": (["--layers", "0"], "--layers is 0; it must be at least 1"),
+    "negative": (["--batch", "-3"], "--batch is -3; it must be at least 1"),
+    "nan": (["--lr", "nan"], "--lr is nan; it must be a positive number"),
+    "dropout": (["--dropout", "1"], "--dropout is 1.0; it must be in [0, 1)"),
+    "not a number": (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    "unknown flag": (["--depth", "4"], "unrecognized arguments: --depth 4"),
+    "abbreviated flag": (["--lay", "4"], "unrecognized arguments: --lay 4"),
+    "unknown recipe": (["--recipe", "cake"], "invalid choice: 'cake'"),
+    "precision": (["--precision", "bf16"], "invalid choice: 'bf16'"),
+    "threads": (["--threads", "0"], "--threads: "),
+    "sample": (["--sample", "-1"], "--sample is -1; it must be at least 0"),
+    "out": (["--out", "{tmp}/empty.txt/run"], "which cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(name, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"ab\0cd" * 1000)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 9000)
+    (tmp_path / "short.txt").write_text("to be or not")
+    arguments, said = BAD[name]
+    before = sorted(tmp_path.rglob("*"))
+    assert train(text, tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments)) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err and printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
+
+
+def test_interrupted_run_saves_and_exits_with_130(text, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "examples/train_shakespeare.py", *TINY, "--steps", "1000000", "--eval-every", "20", "--data",
+         str(text), "--out", str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted after" in printed and "Traceback" not in errors
+    load_model(out / "checkpoint.safetensors")
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in ("--layers", "--eval-every", "--recipe", "--data", "--out", "--seed", "--no-bias", "--threads"):
+        assert flag in printed
+
+
+def example(name, *arguments):
+    return subprocess.run([sys.executable, f"examples/{name}", *arguments], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_sample_py(text, tmp_path):
+    assert train(text, tmp_path / "out") == 0
+    checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
+    prompt = text.read_text()[:5]
+    run = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8", "--top-k", "3")
+    assert run.returncode == 0 and run.stdout.startswith(prompt) and len(run.stdout) == 5 + 30 + 1
+    (tmp_path / "broken").write_bytes(Path(checkpoint).read_bytes()[:-7])
+    for arguments, said in [([checkpoint, "--prompt", "☃"], "'☃'"), ([checkpoint, "--prompt", ""], "--prompt is empty"),
+                            ([checkpoint, "--top-k", "0"], "--top-k is 0"), ([checkpoint, "--count", "-1"], "-1"),
+                            ([checkpoint, "--temperature", "-1"], "--temperature is -1"),
+                            ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken"),
+                            ([str(text)], "verse.txt")]:
+        run = example("sample.py", *arguments)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and said in run.stderr, (arguments, run.stderr)
+
+
+def test_bigram_reaches_the_lectures_loss():
+    if find_text(download=False).name != "tinyshakespeare":
+        pytest.skip("the text is not here; $MINITENSOR_DATA names it")
+    run = example("bigram.py")
+    assert run.returncode == 0, run.stderr
+    assert abs(float(run.stdout.split("validation loss ")[1].split()[0]) - 2.49) < 0.02

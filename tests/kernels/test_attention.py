@@ -1,0 +1,320 @@
+"""Attention on tiles against attention written with the whole T x T matrix, in numpy and float64."""
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import memory
+
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+CAUSAL = pytest.mark.parametrize("causal", [False, True])
+TIMES = (1, 2, 3, 31, 33, 47, 48, 49, 65, 127)
+DEPTHS = (1, 5, 8, 16, 17, 32, 33, 64)
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def split(packed, parts, heads):
+    """(B, T, parts x H x D) -> parts arrays (B, H, T, D) of float64."""
+    batch, time, width = packed.shape
+    cut = packed.astype(np.float64).reshape(batch, time, parts, heads, width // (parts * heads))
+    return cut.transpose(2, 0, 3, 1, 4)
+
+
+def join(*parts):
+    """The way back: (B, H, T, D) each -> (B, T, parts x H x D)."""
+    batch, heads, time, depth = parts[0].shape
+    return np.stack(parts).transpose(1, 3, 0, 2, 4).reshape(batch, time, len(parts) * heads * depth)
+
+
+def weights(qkv, heads, causal, p, seed):
+    """Softmax of the scores, their norms, what dropout multiplies by, and how large the terms of a score are."""
+    q, k, _ = split(qkv, 3, heads)
+    batch, _, time, depth = q.shape
+    visible = np.tri(time, dtype=bool) if causal else np.ones((time, time), bool)
+    s = np.where(visible, q @ k.swapaxes(-1, -2) / math.sqrt(depth), -np.inf)
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    kept = kernels.dropout_mask(batch * heads * time, time, p, seed).reshape(s.shape) / (1 - p)
+    terms = np.where(visible, np.abs(q) @ np.abs(k).swapaxes(-1, -2) / math.sqrt(depth), 0).max(axis=-1)
+    return e / e.sum(axis=-1, keepdims=True), np.logaddexp.reduce(s, axis=-1), kept, terms
+
+
+def forward(qkv, heads, causal, p=0.0, seed=0):
+    """(out, norms), and how large what is rounded on the way to them is."""
+    w, norms, kept, terms = weights(qkv, heads, causal, p, seed)
+    v = split(qkv, 3, heads)[2]
+    out_size = (w * kept) @ np.abs(v) * (1 + terms[..., None])
+    return (join((w * kept) @ v), norms), (join(out_size), 1 + np.abs(norms) + terms)
+
+
+def backward(dout, qkv, heads, causal, p=0.0, seed=0):
+    """dqkv, and how large what is rounded on the way is."""
+    w, _, kept, terms = weights(qkv, heads, causal, p, seed)
+    q, k, v = split(qkv, 3, heads)
+    do, = split(dout, 1, heads)
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def gradients(q, k, v, do, difference):
+        dp = kept * (do @ v.swapaxes(-1, -2))
+        ds = w * difference(dp, (w * dp).sum(axis=-1, keepdims=True)) * scale
+        return ds @ k, ds.swapaxes(-1, -2) @ q, (w * kept).swapaxes(-1, -2) @ do
+
+    lost = 1 + terms.max()
+    return (join(*gradients(q, k, v, do, np.subtract)),
+            join(*gradients(abs(q), abs(k), abs(v), abs(do), lambda dp, d: lost * (dp + d))) + lost * abs(dout).max() * 1e-2)
+
+
+def check(close, batch, time, heads, depth, dtype, causal, p=0.0, seed=5):
+    where = f"B {batch}, T {time}, H {heads}, D {depth}"
+    qkv = normal(batch, time, 3 * heads * depth, dtype=dtype)
+    dout = normal(batch, time, heads * depth, dtype=dtype, seed=1)
+    out, norms = kernels.attention_forward(qkv, heads, causal, p, seed)
+    dqkv = kernels.attention_backward(dout, qkv, out, norms, heads, causal, p, seed)
+    assert out.dtype == norms.dtype == dqkv.dtype == dtype
+    roundings = 20 + math.sqrt(time) + math.sqrt(depth)
+    for result, value, size in zip((out, norms), *forward(qkv, heads, causal, p, seed), strict=True):
+        close(result, value, size, roundings, where)
+    close(dqkv, *backward(dout, qkv, heads, causal, p, seed), roundings, where)
+
+
+@BOTH
+@CAUSAL
+def test_equals_the_whole_matrix(dtype, causal, close):
+    for (i, time), (j, depth) in itertools.product(enumerate(TIMES), enumerate(DEPTHS)):
+        check(close, 1 + i % 2, time, 1 + (i + j) % 3, depth, dtype, causal, p=0.3 * ((i + j) % 2))
+
+
+@BOTH
+@CAUSAL
+def test_equals_the_whole_matrix_over_many_tiles(dtype, causal, close):
+    check(close, 2, 300, 2, 33, dtype, causal)
+    check(close, 1, 300, 3, 16, dtype, causal, p=0.2)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.95])
+def test_mask_of_dropout_counts_sequences_heads_and_queries(p):
+    """Uniform weights and values of one: an output is the share of keys kept, times 1 / (1 - p)."""
+    batch, time, heads = 3, 70, 2
+    qkv = np.zeros((batch, time, 3 * heads), np.float32)
+    qkv[..., 2 * heads:] = 1
+    out, _ = kernels.attention_forward(qkv, heads, False, p, 9)
+    mask = kernels.dropout_mask(batch * heads * time, time, p, 9).reshape(batch, heads, time, time)
+    np.testing.assert_allclose(out, mask.mean(axis=-1).swapaxes(1, 2) / (1 - p), rtol=1e-5)
+    again = kernels.attention_forward(qkv, heads, False, p, 9)[0]
+    other = kernels.attention_forward(qkv, heads, False, p, 10)[0]
+    np.testing.assert_array_equal(out, again)
+    assert (out != other).any()
+
+
+@BOTH
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_no_output_depends_on_a_later_token(dtype, p, same_bits):
+    heads, depth, time = 2, 17, 127
+    width = heads * depth
+    qkv, dout = normal(2, time, 3 * width, dtype=dtype), normal(2, time, width, dtype=dtype, seed=1)
+    out, norms = kernels.attention_forward(qkv, heads, True, p, 3)
+    dqkv = kernels.attention_backward(dout, qkv, out, norms, heads, True, p, 3)
+    for first in (1, 5, 6, 7, 13, 14, 31, 32, 47, 48, 49, 63, 96, 126):
+        changed = qkv.copy()
+        changed[:, first:] = 100 * normal(2, time - first, 3 * width, dtype=dtype, seed=2)
+        changed_out, changed_norms = kernels.attention_forward(changed, heads, True, p, 3)
+        same_bits([changed_out[:, :first], changed_norms[..., :first]], [out[:, :first], norms[..., :first]])
+        assert (changed_out[:, first:] != out[:, first:]).any()
+        changed_dqkv = kernels.attention_backward(dout, changed, changed_out, changed_norms, heads, True, p, 3)
+        same_bits([changed_dqkv[:, :first, :width]], [dqkv[:, :first, :width]])          # dq: of earlier keys alone
+
+
+@BOTH
+def test_no_gradient_reaches_a_later_token(dtype):
+    heads, width, time = 2, 34, 127
+    qkv = normal(1, time, 3 * width, dtype=dtype)
+    out, norms = kernels.attention_forward(qkv, heads)
+    for last in (0, 5, 6, 13, 31, 47, 48, 100):
+        dout = np.zeros_like(out)
+        dout[:, last] = 1
+        dqkv = kernels.attention_backward(dout, qkv, out, norms, heads)
+        assert not dqkv[:, last + 1:].any()
+        assert not dqkv[:, :last, :width].any()                                          # nor another query
+        assert dqkv[:, :last + 1, 2 * width:].all()
+
+
+@BOTH
+@CAUSAL
+def test_a_shorter_sequence_is_the_start_of_a_longer_one(dtype, causal, close):
+    """Nothing of an earlier call is left in the scratch: large sizes, then small ones, then large ones again."""
+    first = kernels.attention_forward(normal(1, 127, 3 * 64, dtype=dtype), 1, causal)
+    check(close, 1, 3, 1, 5, dtype, causal)
+    for x, y in zip(first, kernels.attention_forward(normal(1, 127, 3 * 64, dtype=dtype), 1, causal), strict=True):
+        np.testing.assert_array_equal(x, y)
+    qkv = np.full((1, 127, 3 * 64), np.nan, dtype)
+    kernels.attention_backward(qkv[..., :64].copy(), qkv, *kernels.attention_forward(qkv, 1, causal), 1, causal)
+    check(close, 1, 49, 1, 33, dtype, causal)
+
+
+@BOTH
+@CAUSAL
+def test_same_bits_on_one_and_two_threads(dtype, causal, one_and_two_threads, same_bits):
+    for batch, time, heads, depth, p in ((1, 127, 3, 17, 0.2), (5, 49, 1, 8, 0.0), (2, 300, 2, 32, 0.1)):
+        qkv, dout = normal(batch, time, 3 * heads * depth, dtype=dtype), normal(batch, time, heads * depth, dtype=dtype)
+
+        def run(qkv=qkv, dout=dout, heads=heads, p=p):
+            out, norms = kernels.attention_forward(qkv, heads, causal, p, 1)
+            return out, norms, kernels.attention_backward(dout, qkv, out, norms, heads, causal, p, 1)
+        same_bits(*one_and_two_threads(run))
+
+
+def rows_of(qkv, q=None, k=None, v=None):
+    """A (1, T, 3D) array with its queries, keys or values replaced."""
+    depth = qkv.shape[-1] // 3
+    for i, x in enumerate((q, k, v)):
+        if x is not None:
+            qkv[..., i * depth:(i + 1) * depth] = x
+    return qkv
+
+
+@BOTH
+@CAUSAL
+@pytest.mark.parametrize("size", [30.0, 1e3, 2.0**20])
+def test_huge_scores_choose_one_key(dtype, causal, size, close):
+    """Whole numbers, D = 16: scores are exact, up to ±1e13, and far apart."""
+    rng = np.random.default_rng(0)
+    for time in (3, 49, 127):
+        qkv = normal(1, time, 48, dtype=dtype)
+        rows_of(qkv, *(np.round(size) * rng.integers(-3, 4, (2, 1, time, 16))))
+        out, norms = kernels.attention_forward(qkv, 1, causal)
+        (expected, expected_norms), _ = forward(qkv, 1, causal)
+        close(norms, expected_norms, 1 + np.abs(expected_norms), 4)
+        close(out, expected, 1 + np.abs(qkv).max(axis=1)[:, None, 32:] + 0 * expected, 40)
+        dout = normal(1, time, 16, dtype=dtype)
+        dqkv = kernels.attention_backward(dout, qkv, out, norms, 1, causal)
+        assert np.isfinite(dqkv).all()
+
+
+@BOTH
+@CAUSAL
+@pytest.mark.parametrize("score", [-1e4, 1e4, -1e30, 1e30])
+def test_equal_scores_share_alike_however_large(dtype, causal, score, close):
+    time = 101
+    qkv = rows_of(normal(1, time, 3 * 4, dtype=dtype), math.copysign(1, score), abs(score) / 2)      # 4 terms over √4
+    out, norms = kernels.attention_forward(qkv, 1, causal)
+    v = qkv[..., 8:].astype(np.float64)
+    count = np.arange(1, time + 1) if causal else np.full(time, time)
+    expected = np.cumsum(v, axis=1) / count[:, None] if causal else v.mean(axis=1) + 0 * v
+    close(out, expected, 4, 20)
+    close(norms, score + np.log(count)[None, None], abs(score), 10)
+
+
+@BOTH
+@CAUSAL
+def test_keys_of_minus_infinity_get_no_weight(dtype, causal):
+    """Among them whole tiles of them, before and after others, and all that a query sees."""
+    time = 127
+    for hidden in (slice(2, 3), slice(0, 1), slice(0, 50), slice(0, 96), slice(60, 127), slice(0, 127)):
+        k = np.ones((1, time, 8))
+        k[:, hidden, 3] = -np.inf
+        qkv = rows_of(normal(1, time, 24, dtype=dtype), 1, k)
+        out, norms = kernels.attention_forward(qkv, 1, causal)
+        with np.errstate(invalid="ignore"):
+            (expected, expected_norms), _ = forward(qkv, 1, causal)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=f"{hidden}")
+        np.testing.assert_allclose(norms, expected_norms, rtol=1e-5, err_msg=f"{hidden}")
+
+
+@BOTH
+@CAUSAL
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_in_a_query_stays_in_its_row(dtype, causal, value, same_bits):
+    heads, depth, time = 2, 17, 65
+    qkv, dout = normal(2, time, 3 * heads * depth, dtype=dtype), normal(2, time, heads * depth, dtype=dtype)
+    clean = kernels.attention_forward(qkv, heads, causal)
+    for t in (0, 5, 30, 48, 64):
+        bad = qkv.copy()
+        bad[1, t, depth + 4] = value                                                     # sequence 1, head 1
+        out, norms = kernels.attention_forward(bad, heads, causal)
+        row = np.s_[1, t, depth:]
+        assert np.isnan(out[row]).all() and not np.isfinite(norms[1, 1, t])
+        dqkv = kernels.attention_backward(dout, bad, out, norms, heads, causal)
+        out[row], norms[1, 1, t] = clean[0][row], clean[1][1, 1, t]
+        same_bits((out, norms), clean, f"token {t}")
+        assert np.isfinite(dqkv[0]).all() and np.isnan(dqkv[row][:depth]).all()
+        dq = np.delete(dqkv[..., :heads * depth].reshape(2, time, heads, depth).swapaxes(1, 2)[1, 1], t, 0)
+        assert np.isfinite(dq).all()
+
+
+@BOTH
+def test_nan_in_a_key_reaches_every_query_that_sees_it(dtype):
+    qkv = normal(1, 101, 24, dtype=dtype)
+    qkv[0, 50, 8] = np.nan
+    out, norms = kernels.attention_forward(qkv, 1)
+    assert np.isnan(out[0, 50:]).all() and np.isnan(norms[..., 50:]).all()
+    assert np.isfinite(out[0, :48]).all() and np.isfinite(norms[..., :50]).all()
+
+
+def test_nothing_in_nothing_out():
+    for shape, heads in (((0, 5, 12), 2), ((2, 0, 12), 2), ((2, 5, 0), 1)):
+        qkv = np.zeros(shape)
+        out, norms = kernels.attention_forward(qkv, heads)
+        assert out.shape == (*shape[:2], shape[2] // 3) and norms.shape == (shape[0], heads, shape[1])
+        assert kernels.attention_backward(out, qkv, out, norms, heads).shape == shape
+
+
+@pytest.mark.parametrize("heads", [0, -1, 2, 5])
+def test_heads_that_do_not_divide_the_width(heads):
+    with pytest.raises(ValueError, match=f"attention_forward: qkv has a last axis of 9.*{heads} heads"):
+        kernels.attention_forward(np.zeros((1, 2, 9)), heads)
+
+
+@pytest.mark.parametrize("p", [1.0, -0.5, math.nan])
+def test_bad_p(p):
+    qkv = np.zeros((1, 2, 9))
+    with pytest.raises(ValueError, match="p is"):
+        kernels.attention_forward(qkv, 1, True, p)
+    with pytest.raises(ValueError, match="p is"):
+        kernels.attention_backward(qkv[..., :3].copy(), qkv, qkv[..., :3].copy(), np.zeros((1, 1, 2)), 1, True, p)
+
+
+def test_buffers_grow_with_time_and_not_its_square():
+    def used(time):
+        """Bytes of results and scratch together, for each token."""
+        memory.release()
+        qkv = normal(1, time, 3 * 16, dtype=np.float32)
+        out, norms = kernels.attention_forward(qkv, 1)
+        dqkv = kernels.attention_backward(out, qkv, out, norms, 1)
+        del out, norms, dqkv
+        return memory.free_bytes() / time
+
+    assert used(4096) < 1.3 * used(1024)                 # steps of a quarter between the sizes of buffers
+
+
+PEAK = """
+import numpy as np, kernels
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+def run(time):
+    qkv = np.ones((1, time, 48), np.float32)
+    out, norms = kernels.attention_forward(qkv, 1)
+    kernels.attention_backward(out, qkv, out, norms, 1)
+
+run(64)
+before = peak()
+run(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the largest memory from Linux's /proc")
+def test_process_never_holds_a_matrix_of_time_by_time():
+    ran = subprocess.run([sys.executable, "-c", PEAK], cwd=Path(kernels.__file__).parents[1], capture_output=True,
+                         text=True, check=True)
+    one_array = 8192 * 16 * 4 / 1024                     # KiB in T x D; T x T would be 512 of them
+    assert int(ran.stdout) < 50 * one_array

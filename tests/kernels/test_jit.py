@@ -1,0 +1,170 @@
+"""The cache of compiled kernels: used by the next process, never stale, done without where nothing can be written."""
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+
+import kernels
+
+ROOT = Path(kernels.__file__).parents[1]
+EVERY_KERNEL = Path(__file__).with_name("every_kernel.py")
+
+CHEAP = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import numpy as np, kernels
+    from kernels import jit
+    PATCH
+    compiled = []
+    jit.compiling = compiled.append
+    x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(10, 100)
+    results = [kernels.sum_of_squares(x), *map(float, kernels.gelu_forward(x)[:, 33]),
+               *map(float, kernels.cross_entropy_forward(x, np.arange(10))[1])]
+    kernels.sum_of_squares(x)
+print(json.dumps([results, compiled, [[w.category.__name__, str(w.message)] for w in caught], jit.source_hash()]))
+"""
+
+
+def run(arguments, root=ROOT, **environment):
+    """What a new process prints; without the caches of this one, but for what is in environment."""
+    inherited = {name: value for name, value in os.environ.items()
+                 if name not in ("PYTHONPATH", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    ran = subprocess.run([sys.executable, *arguments], env={**inherited, "PYTHONPATH": str(root), **environment},
+                         cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout)
+
+
+def cheap(root=ROOT, patch="", **environment):
+    """The results of three cheap kernels in a new process, which were compiled, the warnings, the hash of the sources."""
+    return run(["-c", CHEAP.replace("PATCH", patch)], root, **environment)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder with a copy of the sources, free to be changed."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT / "kernels", root / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the cheap kernels give in this process."""
+    x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(10, 100)
+    return [kernels.sum_of_squares(x), *map(float, kernels.gelu_forward(x)[:, 33]),
+            *map(float, kernels.cross_entropy_forward(x, np.arange(10))[1])]
+
+
+HASH = "import json; from kernels import jit; print(json.dumps(jit.source_hash()))"
+FOLDER = "import json; from kernels import jit; print(json.dumps(str(jit.cache_folder())))"
+NAMES = ["_sum_of_squares", "_gelu_forward", "_cross_entropy_forward"]
+
+
+def test_second_process_compiles_nothing(tmp_path, expected):
+    cache = tmp_path / "new" / "cache"
+    results, compiled, warned, source_hash = cheap(NUMBA_CACHE_DIR=str(cache))
+    assert (results, compiled, warned) == (expected, NAMES, [])
+    files = {path.name for path in cache.rglob("*.nb?")}
+    assert all(any(name in file for file in files) for name in NAMES)
+    assert {path.parent.name for path in cache.rglob("*.nb?")} == {f"kernels-{source_hash}"}
+    assert cheap(NUMBA_CACHE_DIR=str(cache)) == [expected, [], [], source_hash]
+    assert {path.name for path in cache.rglob("*.nb?")} == files
+    for path in cache.rglob("*.nbc"):
+        path.unlink()                                    # code that is gone is compiled again
+    assert cheap(NUMBA_CACHE_DIR=str(cache)) == [expected, NAMES, [], source_hash]
+
+
+def test_a_changed_file_never_runs_stale_code(package, tmp_path, expected):
+    """The sum that cross-entropy uses is in another file, which numba's own cache does not look at."""
+    cache = str(tmp_path / "cache")
+    first = cheap(package, NUMBA_CACHE_DIR=cache)
+    assert first[:3] == [expected, NAMES, []]
+    softmax = package / "kernels" / "softmax.py"
+    original = softmax.read_text()
+    softmax.write_text(original + "\n\n@helper\ndef log_sum_exp(x):\n    return x.dtype.type(42)\n")
+    results, compiled, _, source_hash = cheap(package, NUMBA_CACHE_DIR=cache)
+    assert results[-10:] == [42] * 10 and results[:-10] == expected[:-10]
+    assert compiled == NAMES and source_hash != first[3]
+    softmax.write_text(original)
+    assert cheap(package, NUMBA_CACHE_DIR=cache) == [expected, [], [], first[3]]           # as it was: nothing to do
+
+
+def test_source_hash_sees_every_file(package):
+    hashes = {run(["-c", HASH])}
+    gelu, another = package / "kernels" / "gelu.py", package / "kernels" / "another.py"
+    for change in (lambda: None, lambda: gelu.write_text(gelu.read_text() + "\n"), lambda: another.write_text(""),
+                   lambda: another.rename(package / "kernels" / "other.py")):
+        change()
+        hashes.add(run(["-c", HASH], package))
+    assert len(hashes) == 4                              # the unchanged copy has that of the original
+
+
+def test_cache_lies_beside_the_sources_or_in_the_home(package, tmp_path):
+    home = tmp_path / "home"
+    assert Path(run(["-c", FOLDER], package, HOME=str(home))).parent == package / "kernels" / "__pycache__"
+    shutil.rmtree(package / "kernels" / "__pycache__")
+    (package / "kernels" / "__pycache__").write_text("")
+    assert Path(run(["-c", FOLDER], package, HOME=str(home))).parent == home / ".cache" / "minitensor"
+    xdg = tmp_path / "xdg"
+    assert Path(run(["-c", FOLDER], package, HOME=str(home), XDG_CACHE_HOME=str(xdg))).parent == xdg / "minitensor"
+
+
+def test_nowhere_to_write_is_one_warning(package, tmp_path, expected):
+    """Folders below files: not even root can make them."""
+    file = tmp_path / "file"
+    file.write_text("")
+    (package / "kernels" / "__pycache__").write_text("")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    nowhere = {"NUMBA_CACHE_DIR": f"{file}/numba", "HOME": f"{file}/home"}
+    results, compiled, warned, _ = cheap(package, **nowhere)
+    assert results == expected
+    assert [category for category, _ in warned] == ["RuntimeWarning"]
+    assert "NUMBA_CACHE_DIR" in warned[0][1] and "compile" in warned[0][1]
+    assert run(["-c", FOLDER], package, **nowhere, XDG_CACHE_HOME=f"{file}/xdg") == "None"
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+FULL = """
+    from numba.core.caching import FunctionCache
+    def save_overload(self, signature, data):
+        raise OSError(28, "No space left on device")
+    FunctionCache.save_overload = save_overload
+"""
+
+
+def test_a_full_disk_is_one_warning(tmp_path, expected):
+    results, _, warned, _ = cheap(patch=FULL.strip(), NUMBA_CACHE_DIR=str(tmp_path))
+    assert results == expected
+    assert [category for category, _ in warned] == ["RuntimeWarning"] and "No space left" in warned[0][1]
+
+
+def test_same_bits_whether_compiled_or_loaded(tmp_path):
+    """Of all kernels, in a process that compiles them, in one that loads them, and in this one."""
+    arguments = [str(EVERY_KERNEL), "float32"]
+    compiled = run(arguments, NUMBA_CACHE_DIR=str(tmp_path))
+    loaded = run(arguments, NUMBA_CACHE_DIR=str(tmp_path))
+    assert loaded == compiled
+    assert runpy.run_path(str(EVERY_KERNEL))["hashes"](np.float32) == compiled
+
+
+def test_number_of_threads():
+    before, limit = kernels.get_num_threads(), numba.config.NUMBA_NUM_THREADS
+    try:
+        for n in range(1, limit + 1):
+            kernels.set_num_threads(n)
+            assert kernels.get_num_threads() == n
+        for n in (0, -1, limit + 1):
+            with pytest.raises(ValueError, match=f"set_num_threads: n is {n}; this process can use 1 to {limit}"):
+                kernels.set_num_threads(n)
+        assert kernels.get_num_threads() == limit
+    finally:
+        kernels.set_num_threads(before)

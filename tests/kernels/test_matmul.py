@@ -1,0 +1,208 @@
+"""Matrix products against numpy in float64: every shape of remainder, transposed, batched, with bias and activation."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+ODD = (1, 2, 3, 31, 33, 65, 127)
+# A Latin square: every pair of sizes for M and K, K and N, M and N.
+SQUARE = [(m, ODD[(i + j) % len(ODD)], n) for i, m in enumerate(ODD) for j, n in enumerate(ODD)]
+# Around what the kernel cuts K (256), N (4096) and M (16 register tiles of 6 or 14 rows) into.
+EDGES = [(m, 9, 40) for m in (5, 6, 7, 13, 14, 15, 95, 96, 97, 223, 224, 225)]
+EDGES += [(9, k, 40) for k in (255, 256, 257, 511, 512, 513)]
+EDGES += [(3, 5, n) for n in (4095, 4096, 4097, 8191, 8193)] + [(15, 257, 4097), (9, 600, 5000)]
+LARGE = [(1025, 33, 65), (33, 1025, 65), (33, 65, 1025)]
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def swapped(x):
+    return np.ascontiguousarray(np.swapaxes(x, -1, -2))
+
+
+def check_product(close, actual, a, b):
+    """An element is a sum of K products of which each is rounded at most K times: |error| <= K u Σ |a_ik b_kj|."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    close(actual, a @ b, np.abs(a) @ np.abs(b), a.shape[-1] + 2, f"{a.shape} @ {b.shape}")
+
+
+@BOTH
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_product_equals_numpy(dtype, transpose_a, transpose_b, close):
+    for m, k, n in [*SQUARE, *EDGES, *LARGE]:
+        a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype, seed=1)
+        c = kernels.matmul(swapped(a) if transpose_a else a, swapped(b) if transpose_b else b, transpose_a, transpose_b)
+        assert c.dtype == dtype
+        check_product(close, c, a, b)
+
+
+@BOTH
+@pytest.mark.parametrize("batches", [((3,), ()), ((), (3,)), ((3,), (3,)), ((1,), (3,)), ((2, 3), (3,)), ((2, 3), ()),
+                                     ((2, 1), (1, 3)), ((2, 1), (3,)), ((17,), (17,)), ((40,), ())])
+def test_batches_are_broadcast(dtype, batches, close):
+    for transpose_a, transpose_b in itertools.product([False, True], repeat=2):
+        a, b = normal(*batches[0], 7, 5, dtype=dtype), normal(*batches[1], 5, 33, dtype=dtype)
+        c = kernels.matmul(swapped(a) if transpose_a else a, swapped(b) if transpose_b else b, transpose_a, transpose_b)
+        check_product(close, c, a, b)
+
+
+@BOTH
+def test_a_batch_has_the_bits_of_its_parts(dtype, same_bits):
+    a, b = normal(4, 37, 300, dtype=dtype), normal(4, 300, 41, dtype=dtype)
+    parts = [kernels.matmul(x, y) for x, y in zip(a, b, strict=True)]
+    same_bits([kernels.matmul(a, b)], [np.stack(parts)])
+    same_bits([kernels.matmul(a, b[0])], [np.stack([kernels.matmul(x, b[0]) for x in a])])
+
+
+@BOTH
+def test_nothing_to_add_up_gives_zeros(dtype):
+    for transposed in (False, True):
+        a, b = np.empty((0, 3) if transposed else (3, 0), dtype), np.empty((0, 70), dtype)
+        kernels.matmul(np.full((3, 1), 9, dtype), np.full((1, 70), 9, dtype))     # leaves something in the memory
+        c = kernels.matmul(a, b, transpose_a=transposed)
+        assert c.shape == (3, 70) and not c.any()
+    assert not kernels.matmul(np.empty((2, 3, 0), dtype), np.empty((2, 0, 4), dtype)).any()
+
+
+@pytest.mark.parametrize(("a", "b"), [((0, 3), (3, 4)), ((4, 3), (3, 0)), ((0, 0), (0, 0)), ((0, 2, 3), (3, 4)),
+                                      ((2, 0, 3), (2, 3, 4)), ((0, 2, 3), (1, 3, 4))])
+def test_empty_results(a, b):
+    c = kernels.matmul(np.ones(a), np.ones(b))
+    assert c.shape == np.matmul(np.ones(a), np.ones(b)).shape and c.size == 0
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 80), st.integers(0, 99))
+def test_products_of_whole_numbers_are_exact(m, k, n, seed):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((m, k), (k, n)))
+    np.testing.assert_array_equal(kernels.matmul(a, b), a @ b)
+
+
+@BOTH
+def test_same_bits_on_one_and_two_threads(dtype, one_and_two_threads, same_bits):
+    for m, k, n in [(1, 300, 1025), (130, 513, 70), (1025, 33, 31), (7, 257, 4200), (600, 40, 600)]:
+        a, b, bias = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype), normal(n, dtype=dtype)
+        one, two = one_and_two_threads(lambda a=a, b=b, bias=bias: (
+            kernels.matmul(a, b, transpose_b=True), *kernels.linear_forward(a, b, bias, True), kernels.column_sum(a)))
+        same_bits(one, two, f"{m}, {k}, {n}")
+
+
+@BOTH
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_stay_in_their_row_or_column(dtype, value, same_bits):
+    a, b = normal(33, 300, dtype=dtype), normal(300, 41, dtype=dtype)
+    clean = kernels.matmul(a, b)
+    for row, k in ((0, 0), (5, 299), (17, 256), (32, 100)):
+        bad = a.copy()
+        bad[row, k] = value
+        expected = clean.copy()
+        expected[row] = value * b[k]                         # what is finite does not count beside it
+        for c in (kernels.matmul(bad, b), kernels.matmul(swapped(bad), b, transpose_a=True)):
+            np.testing.assert_array_equal(c[row], expected[row])
+            same_bits([np.delete(c, row, 0)], [np.delete(clean, row, 0)])
+    bad = b.copy()
+    bad[3, 40] = value
+    c = kernels.matmul(a, bad)
+    np.testing.assert_array_equal(c[:, 40], a[:, 3] * dtype(value))
+    same_bits([c[:, :40]], [clean[:, :40]])
+
+
+def gelu(x, approximate):
+    if approximate:
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+@BOTH
+@pytest.mark.parametrize("approximate", [None, False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(dtype, approximate, biased, close):
+    for n, k, m in [(1, 1, 1), (2, 3, 33), (31, 65, 127), (33, 257, 65), (3, 513, 4099), (97, 2, 31), (65, 0, 3)]:
+        x, weight, bias = normal(n, k, dtype=dtype), normal(m, k, dtype=dtype, seed=1), normal(m, dtype=dtype)
+        y, before = kernels.linear_forward(x, weight, bias if biased else None, approximate)
+        assert y.dtype == before.dtype == dtype
+        x, weight, bias = (v.astype(np.float64) for v in (x, weight, bias * biased))
+        close(before, x @ weight.T + bias, np.abs(x) @ np.abs(weight.T) + np.abs(bias), k + 3, f"{n}, {k}, {m}")
+        if approximate is None:
+            assert y is before
+        else:
+            before = before.astype(np.float64)
+            close(y, gelu(before, approximate), np.abs(before), 8, f"{n}, {k}, {m}")
+
+
+@BOTH
+def test_linear_is_matmul_plus_bias_to_the_bit(dtype, same_bits):
+    x, weight, bias = normal(35, 300, dtype=dtype), normal(70, 300, dtype=dtype), normal(70, dtype=dtype)
+    product = kernels.matmul(x, weight, transpose_b=True)
+    same_bits(kernels.linear_forward(x, weight), (product, product))
+    y, before = kernels.linear_forward(x, weight, bias, False)
+    same_bits((before, y), (product + bias, kernels.gelu_forward(product + bias)))
+
+
+def test_linear_without_rows_or_columns():
+    for n, m in ((0, 4), (4, 0), (0, 0)):
+        for approximate in (None, True):
+            y, before = kernels.linear_forward(np.ones((n, 3)), np.ones((m, 3)), np.ones(m), approximate)
+            assert y.shape == before.shape == (n, m)
+
+
+@BOTH
+def test_linear_keeps_nan_in_its_row(dtype, same_bits):
+    x, weight, bias = normal(20, 40, dtype=dtype), normal(33, 40, dtype=dtype), normal(33, dtype=dtype)
+    clean = kernels.linear_forward(x, weight, bias, True)
+    x[7, 3] = np.nan
+    for y, was in zip(kernels.linear_forward(x, weight, bias, True), clean, strict=True):
+        assert np.isnan(y[7]).all()
+        same_bits([np.delete(y, 7, 0)], [np.delete(was, 7, 0)])
+
+
+@BOTH
+def test_column_sum(dtype, close):
+    for n, c in itertools.product((0, *ODD, 1025), (*ODD, 1025)):
+        x = normal(n, c, dtype=dtype)
+        close(kernels.column_sum(x), x.sum(axis=0, dtype=np.float64), np.abs(x).sum(axis=0, dtype=np.float64), n + 1)
+    assert kernels.column_sum(np.empty((3, 0), dtype)).shape == (0,)
+
+
+@pytest.mark.parametrize(("a", "b", "transposed"), [
+    ((4, 3), (5, 2), (False, False)), ((4, 3), (4, 2), (False, True)), ((4, 3), (3, 2), (True, False)),
+    ((2, 4, 3), (3, 3, 2), (False, False)), ((2, 4, 3), (2, 4, 2), (False, False))])
+def test_shapes_that_do_not_fit(a, b, transposed):
+    with pytest.raises(ValueError, match=r"matmul|broadcast"):
+        kernels.matmul(np.ones(a), np.ones(b), *transposed)
+
+
+def test_dtypes_are_not_mixed():
+    with pytest.raises(TypeError, match="float32.*float64"):
+        kernels.matmul(np.ones((2, 2), np.float32), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize(("a", "error"), [
+    (np.ones((2, 2), np.int64), TypeError), (np.ones((2, 2), np.float16), TypeError), ([[1.0]], TypeError),
+    (np.ones(2), ValueError), (np.float64(1), TypeError)])
+def test_what_is_no_matrix_is_refused_by_name(a, error):
+    for arguments in ((a, a), (a, np.ones((2, 2))), (np.ones((2, 2)), a)):
+        with pytest.raises(error, match="matmul"):
+            kernels.matmul(*arguments)
+    with pytest.raises(error, match="column_sum|matmul"):
+        kernels.column_sum(a)
+
+
+def test_linear_names_the_wrong_argument():
+    x, weight, bias = np.ones((4, 3)), np.ones((5, 3)), np.ones(5)
+    for error, name, arguments in [
+            (ValueError, "weight", (x, np.ones((5, 4)), bias)), (ValueError, "bias", (x, weight, np.ones(4))),
+            (ValueError, "x", (np.ones(3), weight, bias)), (ValueError, "x", (np.ones((3, 4)).T, weight, bias)),
+            (ValueError, "weight", (x, np.ones((3, 5)).T, bias)), (TypeError, "weight", (x, weight.astype(np.float32))),
+            (TypeError, "bias", (x, weight, bias.astype(np.float32))), (TypeError, "x", (x.astype(int), weight))]:
+        with pytest.raises(error, match=f"linear_forward: {name} "):
+            kernels.linear_forward(*arguments)

@@ -1,0 +1,191 @@
+"""Recycled memory: aligned, reused when the last view dies, never before."""
+import gc
+import itertools
+import math
+import runpy
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from kernels import memory
+
+CASES = runpy.run_path(str(Path(__file__).with_name("every_kernel.py")))["CASES"]
+SIZES = st.one_of(st.integers(0, 10_000), st.integers(0, 2**22),
+                  st.builds(lambda power, off: max(0, 2**power + off), st.integers(0, 22), st.integers(-2, 2)))
+
+
+def address(x):
+    return x.__array_interface__["data"][0]
+
+
+@pytest.fixture(autouse=True)
+def without_collector():
+    """Buffers come back by reference counting alone; what other tests left behind must not come in between."""
+    gc.collect()
+    gc.disable()
+    memory.release()
+    yield
+    gc.enable()
+
+
+@given(SIZES, st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_]))
+def test_aligned_contiguous_and_writable(size, dtype):
+    x = memory.empty(size, dtype)
+    assert x.shape == (size,) and x.dtype == dtype
+    assert address(x) % 64 == 0
+    assert x.flags.c_contiguous and x.flags.writeable and x.flags.aligned
+    x.fill(1)
+    assert x.sum() == size
+
+
+@given(st.lists(st.integers(0, 7), max_size=5).map(tuple))
+def test_shapes(shape):
+    x = memory.empty(shape)
+    assert x.shape == shape and x.dtype == np.float32 and x.size == math.prod(shape)
+    assert not memory.zeros(shape, np.float64).any() and memory.zeros(shape, np.int32).dtype == np.int32
+
+
+def test_zeros_are_zeros_in_used_memory():
+    for size in (1, 100, 5000, 100_000):
+        memory.empty(size).fill(np.nan)
+        assert not memory.zeros(size).any()
+
+
+@given(SIZES)
+def test_same_memory_after_the_last_view_died(size):
+    x = memory.empty(size, np.uint8)
+    place = address(x)
+    del x
+    assert address(memory.empty(size, np.uint8)) == place
+
+
+VIEWS = [lambda x: x[5:], lambda x: x.reshape(10, -1), lambda x: x.reshape(10, -1)[3:7, 2], lambda x: x[::-1],
+         lambda x: x.view(np.int32), lambda x: x.reshape(4, 5, -1).transpose(2, 0, 1)[::3], lambda x: x[7:8].squeeze(),
+         lambda x: np.broadcast_to(x, (3, x.size)), lambda x: x[None].astype(np.float32, copy=False),
+         lambda x: np.lib.stride_tricks.sliding_window_view(x, 4)[9], memoryview]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_keeps_the_memory(view):
+    x = memory.empty(1000)
+    x[:] = np.arange(1000)
+    place, kept = address(x), view(x)
+    expected = np.array(kept)
+    del x
+    others = [memory.empty(1000) for _ in range(3)]
+    for other in others:
+        other.fill(-1)
+    assert place not in map(address, others)
+    np.testing.assert_array_equal(np.asarray(kept), expected)
+    del kept
+    assert address(memory.empty(1000)) == place
+
+
+def test_a_view_of_a_view_keeps_the_memory():
+    x = memory.empty(1000)
+    place = address(x)
+    for cut in (np.s_[1:], np.s_[None], np.s_[:, 1:], np.s_[0], np.s_[::2]):
+        x = x[cut]
+        assert address(memory.empty(1000)) != place
+    del x
+    assert address(memory.empty(1000)) == place
+
+
+@given(st.lists(SIZES, max_size=20))
+def test_arrays_that_live_never_overlap(sizes):
+    arrays = [memory.empty(size, np.uint8) for size in sizes]
+    spans = sorted((address(x), address(x) + x.size) for x in arrays if x.size)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@given(SIZES)
+def test_a_new_buffer_wastes_a_quarter_at_most(size):
+    memory.release()
+    x = memory.empty(size, np.uint8)
+    assert memory.free_bytes() == 0
+    del x
+    assert size <= memory.free_bytes() <= max(1.25 * size, 4096)
+
+
+@given(SIZES, SIZES)
+def test_a_reused_buffer_is_not_much_too_large(first, second):
+    memory.release()
+    x = memory.empty(first, np.uint8)
+    place = address(x)
+    del x
+    large = memory.free_bytes()
+    y = memory.empty(second, np.uint8)
+    if address(y) == place and memory.free_bytes() == 0:
+        assert second <= large <= max(2.5 * second, 8192)
+
+
+def test_release_forgets_the_free_and_not_the_used():
+    kept, gone = memory.empty(1000), memory.empty(1000)
+    kept.fill(3)
+    del gone
+    assert memory.free_bytes() > 0
+    memory.release()
+    assert memory.free_bytes() == 0 and (kept == 3).all()
+    del kept
+    assert 4000 <= memory.free_bytes() <= 5120
+
+
+def test_outputs_are_aligned_and_recycled():
+    x = np.ones((33, 65), np.float32)
+    y = kernels.gelu_forward(x)
+    place = address(y)
+    assert place % 64 == 0
+    del y
+    assert address(kernels.gelu_forward(x)) == place
+
+
+def test_threads_do_not_get_one_anothers_memory():
+    """Four threads take memory, mark it, hand it on to one another, and let go of it in any order."""
+    failures, shared, start = [], [], threading.Barrier(4)
+
+    def hammer(number):
+        rng = np.random.default_rng(number)
+        held = []
+        start.wait()
+        for turn in range(1500):
+            x = memory.empty(int(rng.integers(1, 20_000)), np.int64)
+            mark = 10_000 * number + turn
+            x.fill(mark)
+            held.append((x, mark))
+            del x
+            if turn % 5 == 0:
+                shared.append(held.pop(int(rng.integers(len(held)))))
+            if turn % 7 == 0 and shared:
+                try:
+                    held.append(shared.pop())
+                except IndexError:
+                    pass                                     # another thread was faster
+            while len(held) > 6:
+                x, mark = held.pop(int(rng.integers(len(held))))
+                if not (x == mark).all():
+                    failures.append((number, turn))
+                del x
+
+    threads = [threading.Thread(target=hammer, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all((x == mark).all() for x, mark in shared)
+
+
+def test_a_loop_of_all_kernels_comes_to_need_no_new_memory():
+    for _ in range(2):
+        for case in CASES:
+            case(np.float32)
+    free = memory.free_bytes()
+    for _ in range(3):
+        for case in CASES:
+            case(np.float32)
+            assert memory.free_bytes() == free, case.__name__

@@ -1,0 +1,542 @@
+"""The kernels that work row by row or element by element, against the same formulas in numpy and float64."""
+import itertools
+import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import kernels as K
+
+EVERY_KERNEL = runpy.run_path(str(Path(__file__).with_name("every_kernel.py")))
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+ODD = (1, 2, 3, 31, 33, 65, 127)
+SHAPES = [*itertools.product(ODD, repeat=2), (1025, 1), (1, 1025), (1025, 33), (33, 1025), (1025, 1025)]
+EMPTY = [(0, 5), (3, 0), (0, 0)]
+INF, NAN = math.inf, math.nan
+ERF = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def total(x):
+    """The sum of each row, as a column."""
+    return x.sum(axis=1, keepdims=True)
+
+
+# ---- the formulas, in numpy ----------------------------------------------------------------------------------------
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / total(e)
+
+
+def logsumexp(x):
+    top = x.max(axis=1)
+    return top + np.log(np.exp(x - top[:, None]).sum(axis=1))
+
+
+def log_softmax(x):
+    return x - logsumexp(x)[:, None]
+
+
+def layernorm(x, gain, bias, eps=1e-5):
+    mean, rstd = x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + eps)
+    return (x - mean[:, None]) * rstd[:, None] * gain + bias, mean, rstd
+
+
+def layernorm_backward(dy, x, gain, mean, rstd):
+    normed = (x - mean[:, None]) * rstd[:, None]
+    h = gain * dy
+    dx = rstd[:, None] * (h - h.mean(axis=1, keepdims=True) - normed * (h * normed).mean(axis=1, keepdims=True))
+    return dx, (dy * normed).sum(axis=0), dy.sum(axis=0)
+
+
+def gelu(x, approximate):
+    if approximate:
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + ERF(x / math.sqrt(2)))
+
+
+def gelu_backward(dy, x, approximate):
+    if approximate:
+        t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x))
+    return dy * (0.5 * (1 + ERF(x / math.sqrt(2))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+class Case(NamedTuple):
+    """A kernel, its arguments for a shape, the formula, and how large what is rounded on the way is."""
+    name: str
+    kernel: Callable
+    arguments: Callable
+    formula: Callable
+    sizes: Callable
+
+    def check(self, shape, dtype, close, spread=1.0):
+        """spread: what inputs are multiplied by, so that exponentials over- and underflow."""
+        arguments = [(spread * x).astype(dtype) for x in self.arguments(*shape)]
+        exact = [x.astype(np.float64) for x in arguments]
+        results, expected, sizes = self.kernel(*arguments), self.formula(*exact), self.sizes(*exact)
+        if not isinstance(results, tuple):
+            results, expected, sizes = (results,), (expected,), (sizes,)
+        roundings = 20 + math.sqrt(shape[0]) + math.sqrt(shape[1])
+        for i, (result, value, size) in enumerate(zip(results, expected, sizes, strict=True)):
+            assert result.dtype == dtype
+            close(result, value, size, roundings, f"{self.name} of {shape}, result {i}")
+
+
+def one(n, c):
+    return (normal(n, c),)
+
+
+def two(n, c):
+    return normal(n, c), normal(n, c, seed=1)
+
+
+def with_softmax(n, c):
+    return normal(n, c), softmax(normal(n, c, seed=1))
+
+
+def with_log_softmax(n, c):
+    return normal(n, c), log_softmax(normal(n, c, seed=1))
+
+
+def for_layernorm(n, c):
+    return normal(n, c), normal(c), normal(c, seed=1)
+
+
+def for_layernorm_backward(n, c):
+    x = normal(n, c)
+    return normal(n, c, seed=1), x, normal(c), x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + 1e-5)
+
+
+def layernorm_sizes(x, gain, bias):
+    y, mean, rstd = layernorm(x, np.ones_like(gain), np.zeros_like(bias))
+    largest = np.abs(x).max(axis=1)
+    lost = 1 + largest * rstd                            # digits that go when the mean is taken away
+    return (np.abs(gain) * (np.abs(y) + 1) * lost[:, None] + np.abs(bias), largest, rstd * lost)
+
+
+def layernorm_backward_sizes(dy, x, gain, mean, rstd):
+    normed = np.abs(x - mean[:, None]) * rstd[:, None]
+    lost = 1 + np.abs(x) * rstd[:, None]
+    h = np.abs(gain * dy)
+    dx = h + h.mean(axis=1, keepdims=True) + (normed + lost) * (h * (normed + lost)).mean(axis=1, keepdims=True)
+    return rstd[:, None] * dx, (np.abs(dy) * (normed + lost)).sum(axis=0), np.abs(dy).sum(axis=0)
+
+
+CASES = [
+    Case("softmax", K.softmax_forward, one, softmax, softmax),
+    Case("softmax backward", K.softmax_backward, with_softmax, lambda dy, y: y * (dy - total(dy * y)),
+         lambda dy, y: y * (np.abs(dy) + total(np.abs(dy * y)))),
+    Case("log_softmax", K.log_softmax_forward, one, log_softmax,
+         lambda x: 1 + np.abs(x) + np.abs(logsumexp(x))[:, None]),
+    Case("log_softmax backward", K.log_softmax_backward, with_log_softmax, lambda dz, z: dz - np.exp(z) * total(dz),
+         lambda dz, z: np.abs(dz) + np.exp(z) * (1 + np.abs(z)) * total(np.abs(dz))),
+    Case("layernorm", K.layernorm_forward, for_layernorm, layernorm, layernorm_sizes),
+    Case("layernorm without bias", lambda x, gain, bias: K.layernorm_forward(x, gain), for_layernorm,
+         lambda x, gain, bias: layernorm(x, gain, 0), layernorm_sizes),
+    Case("layernorm backward", K.layernorm_backward, for_layernorm_backward, layernorm_backward,
+         layernorm_backward_sizes),
+    *(Case(f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a), one, lambda x, a=a: gelu(x, a), np.abs)
+      for a in (False, True)),
+    *(Case(f"gelu backward, approximate {a}", lambda dy, x, a=a: K.gelu_backward(dy, x, a), two,
+           lambda dy, x, a=a: gelu_backward(dy, x, a), lambda dy, x: np.abs(dy) * (1 + x * x)) for a in (False, True)),
+]
+NAMES = [case.name for case in CASES]
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_value(case, dtype, close):
+    for shape in SHAPES:
+        case.check(shape, dtype, close)
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES[:1] + CASES[4:9], ids=NAMES[:1] + NAMES[4:9])
+def test_value_of_large_inputs(case, dtype, close):
+    for shape in ((3, 33), (31, 127)):
+        case.check(shape, dtype, lambda *arguments: close(*arguments[:3], 300 + arguments[3], arguments[4]), spread=100)
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_empty(case, dtype):
+    for shape in EMPTY:
+        with np.errstate(all="ignore"):
+            arguments = [np.zeros(s, dtype) for s in empty_shapes(case, shape)]
+            results = case.kernel(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        assert results[0].shape == shape and results[0].dtype == dtype
+        if shape[0] == 0:
+            assert not any(r.any() for r in results)         # sums over no rows are zero
+
+
+def empty_shapes(case, shape):
+    n, c = shape
+    return {"layernorm": [shape, (c,), (c,)], "layernorm without bias": [shape, (c,), (c,)],
+            "layernorm backward": [shape, shape, (c,), (n,), (n,)]}.get(
+                case.name, [shape] * (1 + ("backward" in case.name)))
+
+
+def test_layernorm_takes_eps(close):
+    x = 1e-3 * normal(5, 33)
+    for eps in (1e-12, 1e-5, 1.0):
+        close(K.layernorm_forward(x, np.ones(33), eps=eps)[0], layernorm(x, 1, 0, eps)[0], 10, 60)
+
+
+def test_gelu_takes_any_shape(same_bits):
+    x = normal(2, 3, 5, 7)
+    for y in (K.gelu_forward(x), K.gelu_backward(x, x), K.dropout(x, 0.5, 1)):
+        assert y.shape == x.shape
+    same_bits([K.gelu_forward(x).ravel()], [K.gelu_forward(x.ravel())])
+    assert K.gelu_forward(np.array(1.0)).shape == ()
+
+
+# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+
+def special_rows(columns, dtype):
+    """Rows with NaN or infinity in their first, a middle and the last place, among them one with nothing special."""
+    rows = [normal(columns)]
+    for values in ((NAN,), (INF,), (-INF,), (INF, -INF), (NAN, -INF), (NAN, INF)):
+        for place in (0, columns // 2, columns - len(values)):
+            row = normal(columns)
+            row[place:place + len(values)] = values
+            rows.append(row)
+    for value in (NAN, INF, -INF):
+        rows.append(np.full(columns, value))
+    mostly = np.full(columns, -INF)
+    mostly[columns // 3] = 0.5
+    return np.array([*rows, mostly]).astype(dtype)
+
+
+def same_kind(actual, expected, where):
+    """NaN where NaN is expected, infinities where infinities, and near where finite."""
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5, err_msg=where)
+
+
+SPECIAL = [
+    ("softmax", K.softmax_forward, softmax),
+    ("log_softmax", K.log_softmax_forward, log_softmax),
+    ("layernorm", lambda x: K.layernorm_forward(x, np.ones(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)),
+     lambda x: layernorm(x, 1, 1)),
+    *((f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a), lambda x, a=a: gelu(x, a)) for a in (False, True)),
+    *((f"gelu backward, approximate {a}", lambda x, a=a: K.gelu_backward(x, x, a),
+       lambda x, a=a: gelu_backward(x, x, a)) for a in (False, True)),
+    ("dropout", lambda x: K.dropout(x, 0.0, 1), lambda x: x),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("name", "kernel", "formula"), SPECIAL, ids=[name for name, _, _ in SPECIAL])
+def test_nan_and_infinity_go_where_numpy_sends_them(name, kernel, formula, dtype):
+    for columns in (3, 5, 33, 67):
+        x = special_rows(columns, dtype)
+        with np.errstate(all="ignore"):
+            expected = formula(x.astype(np.float64))
+        actual = kernel(x)
+        pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+        for got, wanted in pairs:
+            same_kind(got, wanted, f"{name} of {columns} columns")
+
+
+@BOTH
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu_of_large_numbers_is_the_line_or_zero(dtype, backward, approximate):
+    x = np.array([-1e4, -100, -20, 20, 100, 1e4], dtype)
+    if backward:
+        y, expected = K.gelu_backward(np.ones_like(x), x, approximate), x > 0
+    else:
+        y, expected = K.gelu_forward(x, approximate), np.maximum(x, 0)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-80)
+
+
+@BOTH
+def test_backward_of_softmax_passes_nan_on_in_its_row(dtype, same_bits):
+    y, dy = softmax(normal(6, 33)).astype(dtype), normal(6, 33, dtype=dtype, seed=1)
+    z = np.log(y)
+    clean = K.softmax_backward(dy, y), K.log_softmax_backward(dy, z)
+    dy[2, 17] = NAN
+    for dx, was in zip((K.softmax_backward(dy, y), K.log_softmax_backward(dy, z)), clean, strict=True):
+        assert np.isnan(dx[2]).all()
+        same_bits([np.delete(dx, 2, 0)], [np.delete(was, 2, 0)])
+
+
+@BOTH
+def test_masked_places_get_no_gradient(dtype):
+    x = normal(5, 33, dtype=dtype)
+    x[:, ::3] = -INF
+    dy = normal(5, 33, dtype=dtype)
+    assert not K.softmax_backward(dy, K.softmax_forward(x))[:, ::3].any()
+    z = K.log_softmax_forward(x)
+    assert (z[:, ::3] == -INF).all() and np.isfinite(np.delete(z, np.s_[::3], 1)).all()
+    np.testing.assert_array_equal(K.log_softmax_backward(dy, z)[:, ::3], dy[:, ::3])
+
+
+@BOTH
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_bad_row_leaves_the_others_alone(dtype, value, same_bits):
+    """More rows than a task takes, to the bit."""
+    x = normal(600, 65, dtype=dtype)
+    bad = x.copy()
+    bad[300, 33] = value
+    gain = np.ones(65, dtype)
+    targets = np.arange(600) % 65
+    for kernel in (K.softmax_forward, K.log_softmax_forward, lambda x: K.layernorm_forward(x, gain)[0],
+                   lambda x: K.cross_entropy_forward(x, targets)[0]):
+        same_bits([np.delete(kernel(bad), 300, 0)], [np.delete(kernel(x), 300, 0)])
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+@BOTH
+def test_cross_entropy(dtype, close):
+    for n, v in SHAPES:
+        logits, dlosses = normal(n, v, dtype=dtype), normal(n, dtype=dtype)
+        targets = np.random.default_rng(n).integers(0, v, n)
+        losses, norms = K.cross_entropy_forward(logits, targets)
+        dlogits = K.cross_entropy_backward(dlosses, logits, targets, norms)
+        assert losses.dtype == norms.dtype == dlogits.dtype == dtype
+        x, rows, roundings = logits.astype(np.float64), np.arange(n), 20 + math.sqrt(v)
+        size = 1 + np.abs(x).max(axis=1) + np.abs(logsumexp(x))
+        close(norms, logsumexp(x), size, roundings)
+        close(losses, -log_softmax(x)[rows, targets], size, roundings)
+        hot = np.eye(v)[targets]
+        d = dlosses.astype(np.float64)[:, None]
+        close(dlogits, d * (softmax(x) - hot), np.abs(d) * (softmax(x) * size[:, None] + hot), roundings)
+
+
+@BOTH
+def test_cross_entropy_ignores(dtype, same_bits):
+    logits, dlosses = normal(40, 33, dtype=dtype), np.ones(40, dtype)
+    targets = np.arange(40) % 33
+    full = K.cross_entropy_forward(logits, targets)
+    for index in (-100, -1, 5, 1000):
+        ignored = np.zeros(40, bool)
+        ignored[[3, 4, 39]] = True
+        some = np.where(ignored, index, targets)
+        ignored |= some == index
+        losses, norms = K.cross_entropy_forward(logits, some, index)
+        dlogits = K.cross_entropy_backward(dlosses, logits, some, norms, index)
+        assert not losses[ignored].any() and not dlogits[ignored].any()
+        same_bits([losses[~ignored]], [full[0][~ignored]])
+        assert dlogits[~ignored].any(axis=1).all()
+
+
+def test_cross_entropy_ignores_nan_rows():
+    logits = np.full((3, 5), NAN)
+    losses, norms = K.cross_entropy_forward(logits, np.array([-100, 1, -100]))
+    dlogits = K.cross_entropy_backward(np.ones(3), logits, np.array([-100, 1, -100]), norms)
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(dlogits).all(axis=1), [False, True, False])
+    assert not dlogits[[0, 2]].any()
+
+
+@BOTH
+def test_cross_entropy_of_masked_logits(dtype):
+    for columns in (3, 33, 67):
+        logits = normal(4, columns, dtype=dtype)
+        logits[:2, 1:] = -INF                                # one class left: sure, or wrong without end
+        logits[2, 1::2] = -INF
+        logits[3] = -INF
+        targets = np.array([0, 1, 2, 0])
+        losses, norms = K.cross_entropy_forward(logits, targets)
+        with np.errstate(all="ignore"):
+            expected = -log_softmax(logits.astype(np.float64))[np.arange(4), targets]
+        same_kind(losses, expected, f"{columns} columns")
+        assert losses[0] == 0 and losses[1] == INF and np.isnan(losses[3])
+        dlogits = K.cross_entropy_backward(np.ones(4, dtype), logits, targets, norms)
+        with np.errstate(all="ignore"):
+            expected = softmax(logits.astype(np.float64)) - np.eye(columns)[targets]
+        same_kind(dlogits, expected, f"{columns} columns")
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e30])
+def test_cross_entropy_of_huge_logits_stays_finite(dtype, scale):
+    logits = dtype(scale) * np.eye(33, dtype=dtype) - dtype(scale)
+    losses, norms = K.cross_entropy_forward(logits, np.arange(33))
+    np.testing.assert_array_equal(losses, 0)
+    np.testing.assert_array_equal(K.cross_entropy_backward(np.ones(33, dtype), logits, np.arange(33), norms), 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, -2, 10**9])
+def test_targets_out_of_range(wrong):
+    logits, targets = np.zeros((3, 5)), np.array([0, wrong, 1])
+    for call in (lambda: K.cross_entropy_forward(logits, targets),
+                 lambda: K.cross_entropy_backward(np.zeros(3), logits, targets, np.zeros(3))):
+        with pytest.raises(IndexError, match=f"cross_entropy: targets holds {wrong}"):
+            call()
+
+
+def test_cross_entropy_without_rows():
+    losses, norms = K.cross_entropy_forward(np.zeros((0, 5)), np.zeros(0, np.int64))
+    assert losses.shape == norms.shape == (0,)
+    assert K.cross_entropy_backward(losses, np.zeros((0, 5)), np.zeros(0, np.int64), norms).shape == (0, 5)
+
+
+# ---- embedding -------------------------------------------------------------------------------------------------------
+
+@BOTH
+def test_embedding(dtype):
+    for n, c in SHAPES:
+        weight, dy = normal(7, c, dtype=dtype), normal(n, c, dtype=dtype)
+        ids = np.random.default_rng(n).integers(0, 7, n)     # repeated, and in no order
+        np.testing.assert_array_equal(K.embedding_forward(ids, weight), weight[ids])
+        expected = np.zeros((7, c), dtype)
+        np.add.at(expected, ids, dy)                         # in order of n, so that the bits are the same
+        np.testing.assert_array_equal(K.embedding_backward(dy, ids, 7), expected)
+
+
+def test_embedding_of_one_id_adds_up_in_order():
+    dy = np.float32(10) ** np.random.default_rng(0).integers(-8, 9, (1000, 65)).astype(np.float32)
+    expected = np.zeros(65, np.float32)
+    for row in dy:
+        expected += row
+    np.testing.assert_array_equal(K.embedding_backward(dy, np.full(1000, 2), 4)[2], expected)
+
+
+def test_embedding_without_ids_and_without_columns():
+    none = np.zeros(0, np.int64)
+    assert K.embedding_forward(none, np.ones((3, 5))).shape == (0, 5)
+    np.testing.assert_array_equal(K.embedding_backward(np.ones((0, 5)), none, 3), np.zeros((3, 5)))
+    assert K.embedding_forward(np.zeros(2, np.int64), np.ones((3, 0))).shape == (2, 0)
+    assert K.embedding_backward(np.ones((2, 0)), np.zeros(2, np.int64), 3).shape == (3, 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**31 - 1])
+def test_ids_out_of_range(wrong):
+    ids = np.array([0, wrong])
+    for call in (lambda: K.embedding_forward(ids, np.ones((3, 5))), lambda: K.embedding_backward(np.ones((2, 5)), ids, 3)):
+        with pytest.raises(IndexError, match=f"embedding: ids holds {wrong}; it must be in 0 to 2"):
+            call()
+
+
+def test_numbers_of_32_bits(same_bits):
+    x, ids = normal(40, 33, dtype=np.float32), np.random.default_rng(0).integers(0, 33, 40)
+    small, dlosses = ids.astype(np.int32), np.ones(40, np.float32)
+    losses, norms = K.cross_entropy_forward(x, ids)
+    same_bits(K.cross_entropy_forward(x, small), (losses, norms))
+    same_bits([K.cross_entropy_backward(dlosses, x, small, norms)], [K.cross_entropy_backward(dlosses, x, ids, norms)])
+    same_bits([K.embedding_forward(small, x)], [x[ids]])
+    same_bits([K.embedding_backward(x, small, 33)], [K.embedding_backward(x, ids, 33)])
+
+
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+
+@BOTH
+@pytest.mark.parametrize(("decay", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.3)])
+def test_adamw(dtype, decay, scale, close):
+    lr, beta1, beta2, eps = 1e-2, 0.9, 0.95, 1e-8
+    for shape in ((1,), (3,), (33, 65), (127,), (1025, 33)):
+        p, g = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
+        m, v = np.zeros_like(p), np.zeros_like(p)
+        q, mean, square = (x.astype(np.float64) for x in (p, m, v))
+        for step in range(1, 8):
+            given = g.copy()
+            K.adamw(p, g, m, v, step, lr, beta1, beta2, eps, decay, scale)
+            np.testing.assert_array_equal(g, given)
+            s = scale * g.astype(np.float64)
+            mean, square = beta1 * mean + (1 - beta1) * s, beta2 * square + (1 - beta2) * s * s
+            q -= lr * decay * q + lr * (mean / (1 - beta1**step)) / (np.sqrt(square / (1 - beta2**step)) + eps)
+            close(m, mean, 4, 4 * step)
+            close(v, square, 16, 4 * step)
+            close(p, q, 1 + np.abs(q), 4 * step, f"{shape}, step {step}")
+            g = normal(*shape, dtype=dtype, seed=step + 1)
+
+
+@BOTH
+def test_adamw_with_no_gradient_only_decays(dtype, close):
+    p, zero = normal(100, dtype=dtype), np.zeros(100, dtype)
+    before = p.astype(np.float64)
+    K.adamw(p, zero, zero.copy(), zero.copy(), 1, 0.1, 0.9, 0.99, 1e-8, 0.5)
+    close(p, before * (1 - 0.1 * 0.5), np.abs(before), 2)
+
+
+@BOTH
+def test_sum_of_squares(dtype):
+    for shape in [*SHAPES, *EMPTY, (5, 3, 33), ()]:
+        x = normal(*shape, dtype=dtype)
+        assert K.sum_of_squares(x) == pytest.approx(math.fsum(x.astype(np.float64).ravel()**2), rel=1e-13)
+    assert isinstance(K.sum_of_squares(x), float)
+    huge = np.full(5, np.finfo(np.float32).max, dtype)
+    assert K.sum_of_squares(huge) == pytest.approx(5 * float(huge[0])**2)      # added up in float64
+    for value in (NAN, INF, -INF):
+        x = np.ones(1025, dtype)
+        x[1000] = value
+        np.testing.assert_equal(K.sum_of_squares(x), value * value)
+
+
+# ---- what holds for all ----------------------------------------------------------------------------------------------
+
+@BOTH
+@pytest.mark.parametrize("case", EVERY_KERNEL["CASES"], ids=lambda case: case.__name__)
+def test_same_bits_on_one_and_two_threads(case, dtype, one_and_two_threads, same_bits):
+    same_bits(*one_and_two_threads(lambda: case(dtype)))
+    same_bits(case(dtype), case(dtype))
+
+
+def test_the_table_has_every_kernel(monkeypatch):
+    called = set()
+    for name in set(K.__all__) - {"dropout_mask", "flat_mask", "keep_below", "set_num_threads", "get_num_threads"}:
+        monkeypatch.setattr(K, name, lambda *a, name=name, was=getattr(K, name), **k: called.add(name) or was(*a, **k))
+    for case in EVERY_KERNEL["CASES"]:
+        case(np.float32)
+    assert called == set(K.__all__) - {"dropout_mask", "flat_mask", "keep_below", "set_num_threads", "get_num_threads"}
+
+
+X, ROW, COLUMN, IDS = np.ones((4, 3)), np.ones(3), np.ones(4), np.zeros(4, np.int64)
+ATTENTION = {"qkv": np.ones((2, 4, 3)), "out": np.ones((2, 4, 1)), "norms": np.ones((2, 1, 4))}
+# A kernel with right arguments by name, and for each of them shapes that are wrong beside the others.
+ARGUMENTS = [
+    (K.softmax_forward, {"x": X}, {"x": [(3,), (2, 3, 4)]}),
+    (K.softmax_backward, {"dy": X, "y": X}, {"dy": [(3,)], "y": [(3, 4), (4, 4), (5, 3), (12,)]}),
+    (K.log_softmax_forward, {"x": X}, {"x": [(3,), (2, 3, 4)]}),
+    (K.log_softmax_backward, {"dz": X, "z": X}, {"dz": [(3,)], "z": [(3, 4), (4, 4), (5, 3), (12,)]}),
+    (K.layernorm_forward, {"x": X, "gain": ROW, "bias": ROW}, {"x": [(3,)], "gain": [(4,), (1, 3)], "bias": [(2,), ()]}),
+    (K.layernorm_backward, {"dy": X, "x": X, "gain": ROW, "mean": COLUMN, "rstd": COLUMN},
+     {"dy": [(3,)], "x": [(3, 4), (5, 3)], "gain": [(4,)], "mean": [(3,), (4, 1)], "rstd": [(5,)]}),
+    (K.gelu_forward, {"x": X}, {}),
+    (K.gelu_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
+    (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
+    (K.cross_entropy_forward, {"logits": X, "targets": IDS}, {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
+    (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": COLUMN},
+     {"dlosses": [(3,), (4, 1)], "logits": [(4,)], "targets": [(5,)], "norms": [(3,)]}),
+    (K.embedding_forward, {"ids": IDS, "weight": X}, {"ids": [(2, 2)], "weight": [(3,)]}),
+    (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS}, {"dy": [(4,)], "ids": [(3,), (5,)]}),
+    (K.sum_of_squares, {"x": X}, {}),
+    (lambda parameter, gradient, first, second: K.adamw(parameter, gradient, first, second, 1, 1, 0.9, 0.9, 1, 0),
+     {"parameter": X, "gradient": X, "first": X, "second": X}, {"gradient": [(3, 4)], "first": [(12,)], "second": [(4,)]}),
+    (lambda qkv: K.attention_forward(qkv, 1), {"qkv": np.ones((2, 4, 3))}, {"qkv": [(4, 3), (2, 4, 4)]}),
+    (lambda dout, qkv, out, norms: K.attention_backward(dout, qkv, out, norms, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
+     {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)], "norms": [(2, 4, 1), (2, 4)]}),
+]
+WRONG = [pytest.param(*case, name, id=f"{i}-{name}") for i, case in enumerate(ARGUMENTS) for name in case[1]]
+
+
+@pytest.mark.parametrize(("kernel", "arguments", "wrong_shapes", "name"), WRONG)
+def test_wrong_arguments_are_refused_by_name(kernel, arguments, wrong_shapes, name):
+    def refused(error, wrong, named=name):
+        with pytest.raises(error, match=rf"^\w+: ({named}) "):
+            kernel(*({key: x.copy() for key, x in arguments.items()} | {name: wrong}).values())
+
+    right = arguments[name]
+    kernel(*(x.copy() for x in arguments.values()))
+    refused(TypeError, right.tolist())
+    refused(TypeError, right.astype(right.dtype.newbyteorder()))
+    refused(TypeError, right.astype(np.float64 if right is IDS else np.int64))
+    refused(ValueError, np.repeat(right, 2, axis=-1)[..., ::2])
+    for shape in wrong_shapes.get(name, []):
+        refused(ValueError, np.ones(shape, right.dtype))
+    if right is not IDS and sum(x is not IDS for x in arguments.values()) > 1:
+        refused(TypeError, right.astype(np.float32), "|".join(arguments))      # one of them is not like the others
