@@ -1,6 +1,6 @@
 """The lecture's baseline: a table of logits, one row for each character, trained to predict the next one.
 
-A character's row is all that the model knows, so the best it can do is the statistics of pairs: about 2.49 nats.
+A character's row is all the model knows, so the best it can do is the statistics of pairs: about 2.49 nats.
 """
 import sys
 
@@ -15,7 +15,8 @@ STEPS, BATCH, CONTEXT, LR, SEED = 5000, 32, 8, 1e-2, 1337
 def validate(model, ids):
     """The mean loss over all of ids, in nats a character."""
     with mt.no_grad():
-        losses = [mt.cross_entropy(model(x), y, reduction="sum").item() for x, y in windows(ids, CONTEXT, 1024)]
+        losses = [mt.cross_entropy(model(x), y, reduction="sum").item()
+                  for x, y in windows(ids, CONTEXT, 1024)]
     return sum(losses) / (len(ids) - 1)
 
 

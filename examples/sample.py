@@ -11,15 +11,17 @@ from gpt.generate import generate
 
 
 def main(arguments: list[str] | None) -> int:
-    parser = Parser(description="Write text with a model that train_shakespeare.py has trained.", allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=Path("out/shakespeare/checkpoint.safetensors"),
-                        help="checkpoint.safetensors of a run (%(default)s)")
-    parser.add_argument("--prompt", default="\n", help="text to go on from (a new line)")
-    parser.add_argument("--count", type=int, default=500, metavar="N", help="characters to write (500)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
-                        help="below 1 more likely text, above 1 wilder, 0 always the likeliest (1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest characters (all)")
-    parser.add_argument("--seed", type=int, default=1337, metavar="N", help="another seed, another text (1337)")
+    parser = Parser(description="Write text with a model that train_shakespeare.py has trained.",
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=Path("out/shakespeare/checkpoint.safetensors"),
+        help="checkpoint.safetensors of a run (%(default)s)")
+    add("--prompt", default="\n", help="text to go on from (a new line)")
+    add("--count", type=int, default=500, metavar="N", help="characters to write (500)")
+    add("--temperature", type=float, default=1.0, metavar="X",
+        help="below 1 more likely text, above 1 wilder, 0 always the likeliest (1)")
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest characters (all)")
+    add("--seed", type=int, default=1337, metavar="N", help="another seed, another text (1337)")
     options = parser.parse_args(arguments)
     if not options.prompt:
         parser.error("--prompt is empty; give at least one character")

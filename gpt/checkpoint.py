@@ -98,7 +98,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error.strerror if isinstance(error, OSError) and error.strerror else error).split())
 
 
-# ---- a model and its tokenizer ------------------------------------------------------------------------------------
+# ---- a model and its tokenizer -----------------------------------------------------------------------------
 
 def save_model(path: str | PathLike[str], model: GPT, tokenizer: CharTokenizer, step: int) -> None:
     """Write a model, its config and its tokenizer: all that `load_model` needs. Raises BadInput as `save`."""

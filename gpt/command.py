@@ -1,4 +1,4 @@
-"""The command line of the trainer: from arguments to a folder with a checkpoint, metrics, a plot and a sample."""
+"""The command line of the trainer: from arguments to a folder with checkpoint, metrics, plot and sample."""
 from __future__ import annotations
 
 import argparse
@@ -45,27 +45,29 @@ def run(command: Any, arguments: list[str] | None) -> int:
 def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The config, from a recipe and the options that change it, and the other options."""
     parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.", allow_abbrev=False)
-    parser.add_argument("--recipe", choices=RECIPES, default="classic", help="what the other defaults are taken from")
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, default="classic", help="what the other defaults are taken from")
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
         text = f"{field.metadata['help']} ({getattr(RECIPES['classic'], field.name)})"
         if isinstance(field.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            add(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
-                                metavar="N" if isinstance(field.default, int) else "X")
-    parser.add_argument("--data", metavar="FILE", help="text to train on, in UTF-8 (tinyshakespeare)")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/shakespeare"), help="results go here")
-    parser.add_argument("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
-    parser.add_argument("--threads", metavar="N", type=int, help="threads to compute with (all)")
-    parser.add_argument("--precision", choices=["highest"], default="highest", help="of products: float32")
+            add(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
+                metavar="N" if isinstance(field.default, int) else "X")
+    add("--data", metavar="FILE", help="text to train on, in UTF-8 (tinyshakespeare)")
+    add("--out", metavar="FOLDER", type=Path, default=Path("out/shakespeare"), help="results go here")
+    add("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
+    add("--threads", metavar="N", type=int, help="threads to compute with (all)")
+    add("--precision", choices=["highest"], default="highest", help="of products: float32")
     options = parser.parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name in {f.name for f in dataclasses.fields(Config)}}
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(options).items() if name in names}
     return dataclasses.replace(RECIPES[options.recipe], **given), options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the arguments (or the process's) say; the exit code: 0, 2 for bad input, 130 if interrupted."""
+    """Train as the arguments (or the process's) say; exit code 0, 2 for bad input, 130 if interrupted."""
     return run(_main, arguments)
 
 
@@ -105,18 +107,19 @@ def _make_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise BadInput(f"--out is {str(folder)!r}, which cannot be written: {error.strerror}; name another folder") \
-            from error
+        raise BadInput(f"--out is {str(folder)!r}, which cannot be written: {error.strerror}; "
+                       "name another folder") from error
 
 
 def _describe(config: Config, text: Text, tokenizer: CharTokenizer, model: GPT, train: int, val: int) -> None:
     from kernels.cpu import TARGET
-    print(f"data     {text.name}: {train + val:,} characters, {len(tokenizer)} symbols; {train:,} to train on, {val:,} to "
-          f"validate on\n         from {text.source}")
+    print(f"data     {text.name}: {train + val:,} characters, {len(tokenizer)} symbols; "
+          f"{train:,} to train on, {val:,} to validate on\n         from {text.source}")
     print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads")
-    print(f"model    {sum(p.size for p in model.parameters()):,} parameters: {config.layers} layers, {config.heads} heads, "
-          f"width {config.width}, context {config.context}")
-    print(f"run      {config.steps:,} steps of {config.batch} x {config.context} characters, seed {config.seed}", flush=True)
+    print(f"model    {sum(p.size for p in model.parameters()):,} parameters: {config.layers} layers, "
+          f"{config.heads} heads, width {config.width}, context {config.context}")
+    print(f"run      {config.steps:,} steps of {config.batch} x {config.context} characters, "
+          f"seed {config.seed}", flush=True)
 
 
 class Results:
@@ -124,11 +127,13 @@ class Results:
 
     def __init__(self, folder: Path, config: Config, model: GPT, tokenizer: CharTokenizer, characters: int):
         from tqdm import tqdm
-        self.folder, self.config, self.model, self.tokenizer, self.characters = folder, config, model, tokenizer, characters
+        self.folder, self.config, self.model = folder, config, model
+        self.tokenizer, self.characters = tokenizer, characters
         self.steps, self.evaluations = 0, list[Evaluation]()
         (folder / "metrics.jsonl").write_text("")
-        self.bar = tqdm(total=config.steps, unit=" steps", dynamic_ncols=True, disable=None,
-                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
+        self.bar = tqdm(
+            total=config.steps, unit=" steps", dynamic_ncols=True, disable=None,
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
         self.compiled = 0
         kernels.jit.compiling = self.compiling
 
@@ -137,7 +142,8 @@ class Results:
         self.compiled += 1
         if not self.bar.disable:
             self.bar.clear()
-            print(f"\rcompiling kernels, once on this machine: {self.compiled:2} {name:<30}", end="", flush=True)
+            print(f"\rcompiling kernels, once on this machine: {self.compiled:2} {name:<30}",
+                  end="", flush=True)
         elif self.compiled == 1:
             print("compiling kernels, once on this machine", flush=True)
 
@@ -149,9 +155,8 @@ class Results:
             self.bar.unpause()
         self.steps = steps
         if not self.bar.disable:
-            rate = self.bar.format_dict["rate"] or 0
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate * self.config.batch * self.config.context:,.0f} tokens/s",
-                                     refresh=False)
+            rate = (self.bar.format_dict["rate"] or 0) * self.config.batch * self.config.context
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             self.bar.update()
 
     def after_evaluation(self, evaluation: Evaluation) -> None:
@@ -173,13 +178,15 @@ class Results:
         """Keep what there is."""
         self.bar.close()
         self.save()
-        print(f"interrupted after {self.steps:,} steps; the model is in {self.folder / 'checkpoint.safetensors'}")
+        print(f"interrupted after {self.steps:,} steps; "
+              f"the model is in {self.folder / 'checkpoint.safetensors'}")
 
     def finish(self) -> None:
         """Draw the curves, write a sample, and say where everything is."""
         self.bar.close()
         plot(self.evaluations, self.folder / "loss.png")
-        start = np.zeros(1, np.int32) if "\n" not in self.tokenizer.vocabulary else self.tokenizer.encode("\n")
+        newline = "\n" in self.tokenizer.vocabulary
+        start = self.tokenizer.encode("\n") if newline else np.zeros(1, np.int32)
         ids = generate(self.model, start, self.characters, seed=self.config.seed)
         sample = self.tokenizer.decode(ids[1:])
         (self.folder / "sample.txt").write_text(sample, encoding="utf-8", newline="")
@@ -195,7 +202,8 @@ def plot(evaluations: list[Evaluation], path: Path) -> None:
     steps = [e.step for e in evaluations]
     for name, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
         values = [getattr(e, f"{name[:3] if name[0] == 'v' else name}_loss") for e in evaluations]
-        axes.plot(steps, values, "o-", color=colour, markersize=3, label=f"{name}, {values[-1]:.3f} at the end")
+        axes.plot(steps, values, "o-", color=colour, markersize=3,
+                  label=f"{name}, {values[-1]:.3f} at the end")
     axes.set(xlabel="steps", ylabel="loss, nats a character", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

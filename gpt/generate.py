@@ -14,8 +14,8 @@ def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, 
              seed: int = 0) -> np.ndarray:
     """Go on from ids (N,), N at least 1, by count tokens: (N + count,) of int32.
 
-    Each is drawn from softmax(logits / temperature) over the top_k likeliest (all of them if left out), and sees
-    the last `context` tokens. Temperature 0 takes the likeliest. The same arguments give the same tokens.
+    Each is drawn from softmax(logits / temperature) over the top_k likeliest (all of them if left out), and
+    sees the last `context` tokens. Temperature 0 takes the likeliest. Equal arguments give equal tokens.
     """
     if not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature is {temperature}; it must be 0 or a positive number")
@@ -37,7 +37,7 @@ def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, 
 
 
 def choose(logits: np.ndarray, temperature: float, top_k: int | None, uniform: float) -> int:
-    """The token whose share of the cumulative distribution of logits (V,) holds uniform, a number in [0, 1)."""
+    """The token whose share of the cumulative distribution of logits (V,) holds uniform, in [0, 1)."""
     if temperature == 0:
         return int(np.argmax(logits))
     if top_k is not None and top_k < len(logits):

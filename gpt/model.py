@@ -15,7 +15,7 @@ from minitensor.random import generator
 
 
 class GPT(nn.Module):
-    """Logits for the token after each: ids (B, T) with T up to the context -> (B, T, V), V the vocabulary's size."""
+    """Logits for each next token: ids (B, T), T up to the context -> (B, T, V), V the vocabulary's size."""
 
     def __init__(self, config: Config, vocabulary: int):
         self.config = config
@@ -31,14 +31,15 @@ class GPT(nn.Module):
     def forward(self, ids: np.ndarray) -> Any:
         T = ids.shape[-1]
         if T > self.config.context:
-            raise ValueError(f"GPT: ids are {ids.shape}; the context holds {self.config.context} tokens at the most")
+            raise ValueError(f"GPT: ids are {ids.shape}; "
+                             f"the context holds {self.config.context} tokens at the most")
         x = self.dropout(self.tokens(ids) + self.positions[:T])             # (B, T, C)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))                                      # (B, T, V)
 
     def _initialise(self) -> None:
-        """Matrices from N(0, 0.02), those that write to the residual stream smaller by √(2 layers); biases 0."""
+        """Matrices from N(0, 0.02), those into the residual stream smaller by √(2 layers); biases 0."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("projection.weight", "down.weight"))

@@ -47,12 +47,13 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             speed = len(losses) * x.size / (time.perf_counter() - lap)
             val_loss = evaluate(model, val_ids)
-            after_evaluation(Evaluation(step + 1, float(np.mean(losses)), val_loss, time.perf_counter() - start, speed))
+            after_evaluation(Evaluation(step + 1, float(np.mean(losses)), val_loss,
+                                        time.perf_counter() - start, speed))
             losses, lap = [], time.perf_counter()
 
 
 def evaluate(model: GPT, ids: np.ndarray) -> float:
-    """The mean loss over all of ids (N,), in nats: every token but the first is predicted once, in fixed windows."""
+    """The mean loss over ids (N,), in nats: every token but the first is predicted once, in fixed windows."""
     total = 0.0
     training = model.training
     model.eval()

@@ -1,7 +1,8 @@
 """numba kernels, in the order in which a step of training meets them: ndarrays in, ndarrays out.
 
-B batch, T time, C width, H heads, D head width, V vocabulary; kernels see N rows by C. All arrays are C-contiguous,
-float32 or float64. Each result has the same bits on any number of threads, in memory that `kernels.memory` recycles.
+B batch, T time, C width, H heads, D head width, V vocabulary; kernels see N rows by C. All arrays are
+C-contiguous, float32 or float64. Each result has the same bits on any number of threads, in memory that
+`kernels.memory` recycles.
 """
 from kernels.adamw import adamw, sum_of_squares
 from kernels.attention import attention_backward, attention_forward
@@ -14,7 +15,7 @@ from kernels.layernorm import layernorm_backward, layernorm_forward
 from kernels.matmul import column_sum, linear_forward, matmul
 from kernels.softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (in the order of a step)
     "embedding_forward", "embedding_backward",
     "layernorm_forward", "layernorm_backward",
     "matmul", "linear_forward", "column_sum",

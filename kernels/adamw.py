@@ -15,11 +15,11 @@ from kernels.check import check
 from kernels.jit import flat_tasks, helper, kernel, launch
 
 
-def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, lr: float,
-          beta1: float, beta2: float, eps: float, decay: float, scale: float = 1.0) -> None:
+def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int,
+          lr: float, beta1: float, beta2: float, eps: float, decay: float, scale: float = 1.0) -> None:
     """Update parameter and its moments first and second in place, all of one shape.
 
-    step: t, counted from 1. scale: s, the factor that clips the gradient (the gradient itself stays as it is).
+    step: t, counted from 1. scale: s, the factor that clips the gradient (which itself stays as it is).
     """
     check("adamw", "parameter", parameter)
     for name, array in (("gradient", gradient), ("first", first), ("second", second)):

@@ -12,10 +12,10 @@ For each of H heads of width D, with q, k, v the rows of T tokens and a = 1 / �
                2. ds_ij = p_ij (dp_ij - δ_i),   δ_i = Σ_j p_ij dp_ij = do_i · o_i
                1. dq_i = a Σ_j ds_ij k_j,   dk_j = a Σ_i ds_ij q_i
 
-A task is one head of one sequence. Forward, it takes blocks of queries against blocks of keys, and keeps for every
-query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by exp(m - m'). Backward,
-it takes blocks of keys against blocks of queries and makes p again from s and n. Products are register tiles on
-scratch that stays in the second-level cache; tiles that the causal mask hides are skipped.
+A task is one head of one sequence. Forward, it takes blocks of queries against blocks of keys, and keeps for
+every query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by exp(m - m').
+Backward, it takes blocks of keys against blocks of queries and makes p again from s and n. Products are register
+tiles on scratch that stays in the second-level cache; tiles that the causal mask hides are skipped.
 """
 from __future__ import annotations
 
@@ -47,14 +47,12 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
     out = memory.empty((batch, time, width), qkv.dtype)
     norms = memory.empty((batch, heads, time), qkv.dtype)
     if out.size:
-        tile = columns(qkv.dtype)
-        padded, keys = _round_up(depth, tile), _round_up(48, tile)
-        key_rows = _round_up(time, keys)
-        real = qkv.dtype.type
-        launch(_attention_forward, batch * heads, qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time), heads, depth,
-               causal, real(1 / math.sqrt(depth)), keep_below(p), real(1 / (1 - p)), U64(seed), tile, padded, keys,
-               *_scratch(qkv.dtype, (key_rows * depth,), (key_rows, padded), (QUERIES, depth), (QUERIES, keys),
-                         (QUERIES, padded), (2, QUERIES)))
+        tile, padded, keys = _blocks(depth, qkv.dtype)
+        rows = _round_up(time, keys)
+        scratch = _scratch(qkv.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, keys),
+                           (QUERIES, padded), (2, QUERIES))
+        launch(_attention_forward, batch * heads, qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time),
+               heads, depth, causal, _dropout(p, seed, qkv.dtype), (tile, padded, keys), scratch)
     return out, norms
 
 
@@ -67,16 +65,14 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
     check("attention_backward", "norms", norms, (batch, heads, time), like=qkv)
     dqkv = memory.empty(qkv.shape, qkv.dtype)
     if dqkv.size:
-        tile = columns(qkv.dtype)
-        padded, keys, rows = _round_up(depth, tile), _round_up(48, tile), _round_up(time, QUERIES)
-        key_rows = _round_up(keys, ROWS)
-        real = qkv.dtype.type
+        tile, padded, keys = _blocks(depth, qkv.dtype)
+        rows, key_rows = _round_up(time, QUERIES), _round_up(keys, ROWS)
+        scratch = _scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,), (keys * depth,),
+                           (keys * depth,), (keys, padded), (key_rows, padded), (key_rows, padded),
+                           (QUERIES, key_rows), (QUERIES, key_rows))
         launch(_attention_backward, batch * heads, dout.reshape(-1), qkv.reshape(-1), out.reshape(-1),
-               norms.reshape(-1, time), dqkv.reshape(-1), heads, depth, causal, real(1 / math.sqrt(depth)), keep_below(p),
-               real(1 / (1 - p)), U64(seed), tile, padded, keys, key_rows,
-               *_scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,), (keys * depth,), (keys * depth,),
-                         (keys, padded), (key_rows, padded), (key_rows, padded), (QUERIES, key_rows),
-                         (QUERIES, key_rows)))
+               norms.reshape(-1, time), dqkv.reshape(-1), heads, depth, causal, _dropout(p, seed, qkv.dtype),
+               (tile, padded, keys), scratch)
     return dqkv
 
 
@@ -92,31 +88,45 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+def _blocks(depth: int, dtype: np.dtype) -> tuple[int, int, int]:
+    """The width of a register tile, the head's width in whole tiles, and the keys in a block, in whole tiles."""
+    tile = columns(dtype)
+    return tile, _round_up(depth, tile), _round_up(48, tile)
+
+
+def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
+    return keep_below(p), dtype.type(1 / (1 - p)), U64(seed)
+
+
+def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Arrays of these shapes for each thread."""
-    return [memory.empty((numba.config.NUMBA_NUM_THREADS, *shape), dtype) for shape in shapes]
+    threads = getattr(numba.config, "NUMBA_NUM_THREADS")          # noqa: B009 (numba sets it at run time)
+    return tuple(memory.empty((threads, *shape), dtype) for shape in shapes)
 
 
 @kernel
-def _attention_forward(qkv, out, norms, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded, keys,
-                       key_panels, values, queries, scores, sums, tops, tasks):
+def _attention_forward(qkv, out, norms, heads, depth, causal, dropout, blocks, scratch, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        t = numba.get_thread_id()
-        head_forward(qkv, out, norms[task], task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
-                     keys, key_panels[t], values[t], queries[t], scores[t], sums[t], tops[t])
+        head_forward(qkv, out, norms[task], task, heads, depth, causal, dropout, blocks, scratch,
+                     numba.get_thread_id())
 
 
 @helper
-def head_forward(qkv, out, norms, task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded, keys,
-                 key_panels, values, queries, scores, sums, tops):
-    """One head of one sequence. Below norms and out come scratch: packed k, v, a block of q, its s, Σ p v, and m."""
+def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, scratch, thread):
+    """One head of one sequence."""
+    limit, kept_scale, seed = dropout
+    tile, padded, keys = blocks
+    key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the whole head
+    queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a block of queries
+    tops = scratch[5][thread]                                                             # m and Σ p
     time, width = norms.size, heads * depth
     start = task // heads * time * 3 * width + task % heads * depth
     one = norms.dtype.type(1)
+    scale = norms.dtype.type(1 / math.sqrt(depth))
     for j in range(0, time, tile):
-        pack_transposed(qkv, start + width + j * 3 * width, 3 * width, min(tile, time - j), depth, key_panels, j * depth,
-                        tile)
+        pack_transposed(qkv, start + width + j * 3 * width, 3 * width, min(tile, time - j), depth,
+                        key_panels, j * depth, tile)
     pack_rows(qkv, start + 2 * width, 3 * width, time, depth, one, values)
     for i0 in range(0, time, QUERIES):
         rows = min(QUERIES, time - i0)
@@ -127,7 +137,8 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, scale, limit, kept
         for j0 in range(0, i0 + rows if causal else time, keys):
             count = min(keys, time - j0)
             diagonal = i0 - j0 if causal else time
-            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, keys, rows, count, tile, diagonal)
+            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, keys, rows, count, tile,
+                            diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 weigh(scores[i], n, tops, i, sums[i])
@@ -142,7 +153,7 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, scale, limit, kept
 
 @helper
 def weigh(scores, n, tops, i, sums):
-    """p = exp(s - m) for n keys, 0 for the others; m and Σ p of query i go on in tops, and what was summed shrinks."""
+    """p = exp(s - m) for n keys, 0 for the others; m and Σ p of query i go on in tops, earlier sums shrink."""
     m = max(tops[0, i], row_max(scores, 0, n))
     base = m if m > -math.inf else tops.dtype.type(0)     # scores of -inf alone: exp(s - 0) is 0
     total = tops.dtype.type(0)
@@ -167,27 +178,29 @@ def scale_row(x, scale, to):
 
 
 @kernel
-def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
-                        keys, key_rows, queries, douts, dqueries, deltas, key_panels, value_panels, key_block, dkeys,
-                        dvalues, weights, dscores, tasks):
+def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, dropout, blocks, scratch, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        t = numba.get_thread_id()
-        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, scale, limit, kept_scale, seed,
-                      tile, padded, keys, key_rows, queries[t], douts[t], dqueries[t], deltas[t], key_panels[t],
-                      value_panels[t], key_block[t], dkeys[t], dvalues[t], weights[t], dscores[t])
+        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, dropout, blocks, scratch,
+                      numba.get_thread_id())
 
 
 @helper
-def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale, limit, kept_scale, seed, tile, padded,
-                  keys, key_rows, queries, douts, dqueries, deltas, key_panels, value_panels, key_block, dkeys, dvalues,
-                  weights, dscores):
-    """One head of one sequence. Below dqkv come scratch: packed q, do, dq and δ, then of a block of keys k, v, dk, dv,
-    and of a block of queries with it p and ds."""
+def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropout, blocks, scratch, thread):
+    """One head of one sequence."""
+    limit, kept_scale, seed = dropout
+    tile, padded, keys = blocks
+    queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the whole head
+    deltas = scratch[3][thread]
+    key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
+    dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a block of keys
+    weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a block of queries with it
+    key_rows = weights.shape[1]
     time, width = norms.size, heads * depth
     start = task // heads * time * 3 * width + task % heads * depth
     start_out = task // heads * time * width + task % heads * depth
     one = norms.dtype.type(1)
+    scale = norms.dtype.type(1 / math.sqrt(depth))
     pack_rows(qkv, start, 3 * width, time, depth, scale, queries)
     pack_rows(dout, start_out, width, time, depth, one, douts)
     dqueries[:] = 0
@@ -198,8 +211,8 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale
         at = start + j0 * 3 * width
         for j in range(0, count, tile):
             for panels, third in ((key_panels, 1), (value_panels, 2)):
-                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j), depth, panels,
-                                j * depth, tile)
+                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j), depth,
+                                panels, j * depth, tile)
         pack_rows(qkv, at + width, 3 * width, count, depth, one, key_block)
         dkeys[:] = 0
         dvalues[:] = 0
@@ -207,8 +220,10 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, scale
             rows = min(QUERIES, time - i0)
             diagonal = i0 - j0 if causal else time
             block = i0 * padded
-            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows, rows, count, tile, diagonal)
-            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows, rows, count, tile, diagonal)
+            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows, rows, count, tile,
+                            diagonal)
+            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows, rows, count, tile,
+                            diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
@@ -243,7 +258,7 @@ def inner(x, y):
     return total
 
 
-# ---- products of a block of queries, i < rows, and a block of keys, j < count, of which only j <= i + diagonal count ----
+# ---- products of a block of queries, i < rows, and of keys, j < count, of which only j <= i + diagonal count ----
 
 @mover
 def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal):
@@ -264,7 +279,8 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
         n = min(count, i + ROWS + diagonal)
         for d in range(0, width, tile):
             if n > 0:
-                register_tile(a, i * a_row, a_row, 1, b, b_start + d, width, c, c_start + i * width + d, width, n, True)
+                register_tile(a, i * a_row, a_row, 1, b, b_start + d, width,
+                              c, c_start + i * width + d, width, n, True)
 
 
 @mover

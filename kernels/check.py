@@ -9,12 +9,17 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
-def check(kernel: str, name: str, x: Any, shape: tuple[int | None, ...] | None = None, like: Any = None) -> None:
-    """Raise unless x is a C-contiguous float32 or float64 array: of this shape (None: any length), of like's dtype."""
+def check(kernel: str, name: str, x: Any, shape: tuple[int | None, ...] | None = None,
+          like: Any = None) -> None:
+    """Raise unless x is a C-contiguous array of float32 or float64, of this shape and of like's dtype.
+
+    shape: None stands for any length.
+    """
     if not isinstance(x, np.ndarray) or x.dtype not in FLOATS:
         raise TypeError(f"{kernel}: {name} is {_kind(x)}; it must be an array of float32 or float64")
     if like is not None and x.dtype != like.dtype:
-        raise TypeError(f"{kernel}: {name} is {x.dtype}, but the other arrays are {like.dtype}; convert one of them")
+        raise TypeError(f"{kernel}: {name} is {x.dtype}, but the other arrays are {like.dtype}; "
+                        "convert one of them")
     if not x.flags.c_contiguous:
         raise ValueError(f"{kernel}: {name} is not C-contiguous; pass np.ascontiguousarray({name})")
     _check_shape(kernel, name, x, shape)

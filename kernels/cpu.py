@@ -10,7 +10,7 @@ class Target(NamedTuple):
     """The vector unit that kernels are written for."""
     name: str
     vector_bytes: int      # width of a vector register
-    rows: int              # height of the matmul's register tile: rows x 2 vectors of sums must fit the registers
+    rows: int              # height of the matmul's register tile: rows x 2 vectors of sums fit the registers
 
 
 def _detect() -> Target:

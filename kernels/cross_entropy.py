@@ -19,7 +19,7 @@ from kernels.softmax import log_sum_exp
 
 def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray,
                           ignore_index: int = -100) -> tuple[np.ndarray, np.ndarray]:
-    """logits (N, V), targets (N,) -> losses (N,) in nats, 0 where the target is ignore_index; logsumexp (N,)."""
+    """logits (N, V), targets (N,) -> losses (N,) in nats, 0 for the target ignore_index; logsumexp (N,)."""
     check("cross_entropy_forward", "logits", logits, (None, None))
     check_integers("cross_entropy_forward", "targets", targets, logits.shape[:1])
     check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[1])

@@ -1,10 +1,10 @@
-"""Dropout by counter: whether an element is kept is a hash of (seed, row, column), so that no mask is ever stored.
+"""Dropout by counter: whether an element is kept is a hash of (seed, row, column), so no mask is ever stored.
 
-    y = x / (1 - p) where kept, else 0            dx = dy / (1 - p) where kept, else 0: the same function of dy
+    y = x / (1 - p) where kept, else 0          dx = dy / (1 - p) where kept, else 0: the same function of dy
 
-A flat array counts as rows of 4096. Any thread can make any part of a mask, and the backward pass makes it again.
-The hash: splitmix64 (Steele, Lea, Flood 2014) makes a row's key of two 32-bit halves from the seed; two rounds of
-xor, shift and multiply mix the column with them.
+A flat array counts as rows of 4096. Any thread can make any part of a mask, and the backward pass makes it
+again. The hash: splitmix64 (Steele, Lea, Flood 2014) makes a row's key of two 32-bit halves from the seed;
+two rounds of xor, shift and multiply mix the column with them.
 """
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def dropout(x: np.ndarray, p: float, seed: int) -> np.ndarray:
     """x of any shape -> y; called on the gradient with the same p and seed, it is the backward pass."""
     check("dropout", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), U64(seed), y.reshape(-1))
+    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), U64(seed),
+           y.reshape(-1))
     return y
 
 

@@ -1,9 +1,10 @@
-"""exp, tanh, erf and the Gaussian, for use inside kernels: branch-free in float32, so that loops of them vectorise.
+"""exp, tanh, erf and the Gaussian, for use inside kernels: branch-free in float32, so that loops vectorise.
 
-float64 takes the C library's functions: it is for checking, and must be as good as numpy. float32 reduces the range
-and evaluates a polynomial, within 2 units in the last place; NaN stays NaN and infinities go where they should. The
-coefficients are least-maximum fits (iteratively reweighted least squares on Chebyshev nodes) of the function named
-beside them. All of it is compiled without re-association: the order of the additions is the method.
+float64 takes the C library's functions: it is for checking, and must be as good as numpy. float32 reduces
+the range and evaluates a polynomial, within 2 units in the last place; NaN stays NaN and infinities go where
+they should. The coefficients are least-maximum fits (iteratively reweighted least squares on Chebyshev nodes)
+of the function named beside them. All of it is compiled without re-association: the order of the additions is
+the method.
 """
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ ROUND_BITS = np.int32(ROUND.view(np.int32))
 LOG2_E = F(1 / math.log(2))
 LN2_HIGH = F(0.693359375)                # few bits, so that n * LN2_HIGH is exact
 LN2_LOW = F(math.log(2) - 0.693359375)
-EXP = [F(c) for c in (0.5, 0.166665181517601, 0.04166620597243309, 0.008368953131139278, 0.0013950600987300277)]
+EXP = [F(c) for c in (0.5, 0.166665181517601, 0.04166620597243309, 0.008368953131139278,
+                      0.0013950600987300277)]
 TANH = [F(c) for c in (-0.3333328366279602, 0.13331490755081177, -0.05374349653720856, 0.020650586113333702,
                        -0.005717044696211815)]
 ERF = [F(c) for c in (0.12837915122509003, -0.3761250674724579, 0.11281955242156982, -0.026771284639835358,
                       0.004999601747840643, -0.0006021808367222548)]
 ERFC = [F(c) for c in (-0.00017055092030204833, 1.1294951438903809, 0.6333866715431213, 0.10823660343885422,
-                       -0.025091486051678658, 0.004160522948950529, -0.0004323021275922656, 2.0909474187646993e-05)]
+                       -0.025091486051678658, 0.004160522948950529, -0.0004323021275922656,
+                       2.0909474187646993e-05)]
 E0, E1, E2, E3, E4 = EXP                 # numba wants them one by one
 T0, T1, T2, T3, T4 = TANH
 R0, R1, R2, R3, R4, R5 = ERF
@@ -37,7 +40,7 @@ C0, C1, C2, C3, C4, C5, C6, C7 = ERFC
 
 @exact
 def exp32(x):
-    """2**n * exp(r) with x = n log 2 + r and |r| <= log(2) / 2; 2**n in two factors, so that tiny results survive."""
+    """2**n * exp(r) with x = n log 2 + r and |r| <= log(2) / 2; 2**n is two factors, for tiny results."""
     x = F(89) if x > F(89) else x
     x = F(-104) if x < F(-104) else x
     shifted = fma(x, LOG2_E, ROUND)
@@ -55,7 +58,7 @@ def exp32(x):
 def tanh32(x):
     size = abs(x)
     s = x * x
-    q = fma(fma(fma(fma(T4, s, T3), s, T2), s, T1), s, T0)          # (tanh(x) / x - 1) / x**2, for |x| < 0.625
+    q = fma(fma(fma(fma(T4, s, T3), s, T2), s, T1), s, T0)        # (tanh(x) / x - 1) / x**2, for |x| < 0.625
     near = x * fma(q, s, F(1))
     far = F(1) - F(2) / (exp32(size + size) + F(1))
     return near if size < F(0.625) else math.copysign(far, x)
@@ -68,8 +71,8 @@ def erf32(x):
     q = fma(fma(fma(fma(fma(R5, s, R4), s, R3), s, R2), s, R1), s, R0)     # erf(x) / x - 1, for |x| < 0.92
     near = fma(q, x, x)
     t = F(4) if size > F(4) else size
-    p = fma(fma(fma(fma(fma(fma(fma(C7, t, C6), t, C5), t, C4), t, C3), t, C2), t, C1), t, C0)  # -log(erfc(t))
-    far = F(1) - exp32(-p)
+    p = fma(fma(fma(fma(fma(fma(fma(C7, t, C6), t, C5), t, C4), t, C3), t, C2), t, C1), t, C0)
+    far = F(1) - exp32(-p)                                                 # p = -log(erfc(t))
     return near if size < F(0.92) else math.copysign(far, x)
 
 

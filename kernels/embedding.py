@@ -2,7 +2,7 @@
 
     y_n = weight[ids_n]                  dweight[v] = Σ over n with ids_n = v of dy_n
 
-The sum runs over n in order for every v: tasks share out columns, not rows, so no two of them write to one place.
+The sum runs over n in order for every v: tasks share out columns, not rows, so no two write to one place.
 """
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None =
     if bias is not None:
         check("layernorm_forward", "bias", bias, x.shape[1:], like=x)
     y, mean, rstd = (memory.empty(shape, x.dtype) for shape in (x.shape, x.shape[:1], x.shape[:1]))
-    launch(_layernorm_forward, row_tasks(x), x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps), y, mean,
-           rstd)
+    launch(_layernorm_forward, row_tasks(x), x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps),
+           y, mean, rstd)
     return y, mean, rstd
 
 

@@ -1,7 +1,7 @@
-"""Recycled, page-aligned buffers: memory that was used before is two to nine times cheaper to write than fresh pages.
+"""Recycled, page-aligned buffers: memory used before is two to nine times cheaper to write than fresh pages.
 
-`empty` hands out an array whose buffer comes back here when the last view of it dies, by reference counting alone.
-Buffers come in sizes of four steps to an octave; a request takes the smallest free one of at most twice its size.
+`empty` hands out an array whose buffer comes back here when its last view dies, by reference counting alone.
+Sizes come in four steps to an octave; a request takes the smallest free buffer of at most twice its size.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = 4096
 
 
 class _Buffer(mmap.mmap):
-    """Anonymous memory. Not an ndarray, as numpy would then skip the lease and make this the base of all views."""
+    """Anonymous memory. Not an ndarray: numpy would skip the lease and make this the base of all views."""
     step: int
 
 
@@ -24,10 +24,11 @@ _free: defaultdict[int, list[_Buffer]] = defaultdict(list)
 
 
 class _Lease(np.ndarray):
-    """A whole buffer, the base of every array cut from it; when the last of them dies, the buffer is free again."""
+    """A whole buffer, the base of every array cut from it; when the last dies, the buffer is free again."""
 
-    def __del__(self, free: defaultdict = _free) -> None:       # bound here: at exit the module's names go first
-        free[self.base.step].append(self.base)
+    def __del__(self, free: defaultdict = _free) -> None:   # bound here: at exit the module's names go first
+        buffer: Any = self.base
+        free[buffer.step].append(buffer)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

@@ -7,7 +7,7 @@
     A[1, p]  ->     [ sum 1,0  ][ sum 1,1  ]          fused multiply-adds. The sums stay in registers
       ...                  ...                        for all of k and touch memory once.
 
-numba cannot say "keep this in registers", so the tile is emitted as LLVM vector code. LLVM emits what the host has.
+numba cannot say "keep this in registers", so the tile is LLVM vector code; LLVM emits what the host has.
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def fma(typing, x, y, z):
     def generate(context, build, signature, args):
         real = context.get_value_type(signature.return_type)
         name = f"llvm.fmuladd.{'f32' if signature.return_type == types.float32 else 'f64'}"
-        return build.call(cgutils.get_or_insert_function(build.module, ir.FunctionType(real, [real] * 3), name), args)
+        return build.call(
+            cgutils.get_or_insert_function(build.module, ir.FunctionType(real, [real] * 3), name), args)
     return x(x, x, x), generate
 
 
@@ -41,12 +42,13 @@ def bits(typing, x):
 @intrinsic
 def from_bits(typing, n):
     """The float32 that has the bits of an int32."""
-    return types.float32(types.int32), lambda context, build, signature, args: build.bitcast(args[0], ir.FloatType())
+    return (types.float32(types.int32),
+            lambda context, build, signature, args: build.bitcast(args[0], ir.FloatType()))
 
 
 @intrinsic
 def out_of_line(typing):
-    """Keep the function that calls this from being inlined: without sums its copies cannot differ, and compile faster."""
+    """Keep the caller from being inlined: without sums its copies cannot differ, and compile faster."""
     def generate(context, build, signature, args):
         build.function.attributes.add("noinline")
         return context.get_dummy_value()
@@ -62,8 +64,8 @@ def columns(dtype) -> int:
 def register_tile(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, k, add):
     """C[ROWS, 2 vectors] = (C if add else 0) + A[ROWS, k] @ B[k, 2 vectors].
 
-    a, b, c: arrays of one dtype, read and written as flat memory from element *_start on. a_row, a_step: elements
-    from one row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
+    a, b, c: arrays of one dtype, read and written as flat memory from element *_start on. a_row, a_step:
+    elements from one row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
     """
     n = types.intp
     signature = types.void(a, n, n, n, b, n, n, c, n, n, n, types.boolean)
@@ -72,7 +74,8 @@ def register_tile(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_st
         a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, k, add = args
         real = context.get_value_type(signature.args[0].dtype)
         a, b, c = (build.gep(context.make_array(t)(context, build, x).data, [start]) for t, x, start in
-                   ((signature.args[0], a, a_start), (signature.args[4], b, b_start), (signature.args[7], c, c_start)))
+                   ((signature.args[0], a, a_start), (signature.args[4], b, b_start),
+                    (signature.args[7], c, c_start)))
         build.call(_tile_function(build.module, real), [a, a_row, a_step, b, b_step, c, c_row, k, add])
         return context.get_dummy_value()
 
@@ -80,25 +83,31 @@ def register_tile(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_st
 
 
 def _tile_function(module, real):
-    """The tile as a function of its own, once in a module: inlined at every call it would take long to compile."""
+    """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
     lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
     pointer, flag = real.as_pointer(), ir.IntType(1)
     arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, flag]
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}")
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}")
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     a, a_row, a_step, b, b_step, c, c_row, k, add = function.args
     vector = ir.VectorType(real, lanes)
-    multiply_add = cgutils.get_or_insert_function(
-        module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f{8 * TARGET.vector_bytes // lanes}")
     align = TARGET.vector_bytes // lanes
+    multiply_add = cgutils.get_or_insert_function(
+        module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f{8 * align}")
     start, load, head, loop, store = (function.append_basic_block(name) for name in
                                       ("start", "load", "head", "k", "store"))
     build = ir.IRBuilder(start)
-    index = lambda i: ir.Constant(INDEX, i)
-    vector_at = lambda p, j: build.bitcast(build.gep(p, [index(j * lanes)]), vector.as_pointer())
+
+    def index(i):
+        return ir.Constant(INDEX, i)
+
+    def vector_at(p, j):
+        return build.bitcast(build.gep(p, [index(j * lanes)]), vector.as_pointer())
+
     zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
@@ -124,8 +133,8 @@ def _tile_function(module, real):
     following = {}
     for i in range(ROWS):
         scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
-        broadcast = build.shuffle_vector(build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined,
-                                         first_lane)
+        broadcast = build.shuffle_vector(
+            build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first_lane)
         for j in range(2):
             following[i, j] = build.call(multiply_add, [broadcast, b_vectors[j], sums[i, j]])
     next_p = build.add(p, index(1))
@@ -150,10 +159,10 @@ def _tile_function(module, real):
 
 @intrinsic
 def transpose_block(typing, x, x_start, x_row, to, to_start, to_row):
-    """to[p, j] = x[j, p] for a square of as many elements as a vector has; *_row: elements from a row to the next.
+    """to[p, j] = x[j, p] for a square as wide as a vector; *_row: elements from a row to the next.
 
-    Rows of x are vectors. In stage s = 1, 2, 4, ... rows j and j + s exchange the lanes that differ from their row in
-    bit s, so that after the last stage lane j of row p holds what was lane p of row j.
+    Rows of x are vectors. In stage s = 1, 2, 4, ... rows j and j + s exchange the lanes that differ from
+    their row in bit s, so that after the last stage lane j of row p holds what was lane p of row j.
     """
     n = types.intp
     signature = types.void(x, n, n, to, n, n)
@@ -168,7 +177,8 @@ def transpose_block(typing, x, x_start, x_row, to, to_start, to_row):
         to = build.gep(context.make_array(signature.args[3])(context, build, to).data, [to_start])
 
         def row(p, stride, j):
-            return build.bitcast(build.gep(p, [build.mul(stride, ir.Constant(INDEX, j))]), vector.as_pointer())
+            return build.bitcast(build.gep(p, [build.mul(stride, ir.Constant(INDEX, j))]),
+                                 vector.as_pointer())
 
         def shuffle(a, b, lanes_of_both):
             mask = ir.Constant(ir.VectorType(I32, lanes), lanes_of_both)
@@ -200,8 +210,10 @@ def copy_columns(typing, x, x_start, to, to_start):
         real = context.get_value_type(signature.args[0].dtype)
         size = context.get_abi_sizeof(real)
         vector = ir.VectorType(real, TARGET.vector_bytes // size).as_pointer()
-        x = build.bitcast(build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start]), vector)
-        to = build.bitcast(build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start]), vector)
+        x = build.bitcast(
+            build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start]), vector)
+        to = build.bitcast(
+            build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start]), vector)
         for j in range(2):
             at = [ir.Constant(INDEX, j)]
             build.store(build.load(build.gep(x, at), align=size), build.gep(to, at), align=size)

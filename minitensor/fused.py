@@ -1,6 +1,6 @@
-"""Fused ops: one kernel forward and one backward each, beside its reference, the same function in primitive ops.
+"""Fused ops: one kernel forward and one backward each, beside its reference, the same in primitive ops.
 
-The reference is what the kernel is tested against, what runs under `create_graph=True`, and what `unfused()` shows.
+The reference is what the kernel is tested against, and what runs under `create_graph=True` and `unfused()`.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-# ---- linear ---------------------------------------------------------------------------------------------------------
+# ---- linear ------------------------------------------------------------------------------------------------
 
 def _linear_reference(x, weight, bias=None, *, activation=None):
     y = np.matmul(x, np.transpose(weight))
@@ -59,7 +59,7 @@ def _approximate(activation: str | None) -> bool | None:
     return None if activation is None else activation == "gelu_tanh"
 
 
-# ---- gelu -----------------------------------------------------------------------------------------------------------
+# ---- gelu --------------------------------------------------------------------------------------------------
 
 def _gelu_reference(x, *, approximate=False):
     if approximate:
@@ -81,7 +81,7 @@ def gelu(x, approximate="none"):
     return _gelu(x, approximate=approximate == "tanh")
 
 
-# ---- layernorm ------------------------------------------------------------------------------------------------------
+# ---- layernorm ---------------------------------------------------------------------------------------------
 
 def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
     centred = x - np.mean(x, axis=-1, keepdims=True)
@@ -91,7 +91,7 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 
 @fused(reference=_layernorm_reference)
 def layernorm(x, weight, bias=None, *, eps=1e-5):
-    """Normalise the last axis to mean 0 and variance 1, then scale and shift: x (..., C), weight and bias (C,)."""
+    """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
     rows = _rows(x)
     y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)
 
@@ -101,7 +101,7 @@ def layernorm(x, weight, bias=None, *, eps=1e-5):
     return y.reshape(x.shape), vjp
 
 
-# ---- softmax --------------------------------------------------------------------------------------------------------
+# ---- softmax -----------------------------------------------------------------------------------------------
 
 def _softmax_reference(x):
     e = np.exp(x - np.max(x.numpy(), axis=-1, keepdims=True))    # the shift cancels, so it can be a constant
@@ -140,7 +140,7 @@ def _along(function, x, axis):
     return np.swapaxes(function(np.swapaxes(x, axis, -1)), axis, -1)
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 def _attention_reference(qkv, heads, *, causal, p, seed):
     batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -160,21 +160,23 @@ def _attention_reference(qkv, heads, *, causal, p, seed):
 def _attention(qkv, heads, *, causal, p, seed):
     qkv = np.ascontiguousarray(qkv)
     out, norms = kernels.attention_forward(qkv, heads, causal, p, seed)
-    return out, lambda g: kernels.attention_backward(np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed)
+    return out, lambda g: kernels.attention_backward(
+        np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed)
 
 
 def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
     """softmax(q kᵀ / √D) v for each head, on packed queries, keys and values: qkv (B, T, 3C) -> (B, T, C).
 
-    heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and earlier
-    ones. p: dropout of the attention weights; seed: of its mask, the next of `minitensor.seed`'s if left out.
+    heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and
+    earlier ones. p: dropout of the attention weights; seed: of its mask, by default `minitensor.seed`'s next.
     """
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
-        raise ValueError(f"attention: qkv is {qkv.shape}; it must be (B, T, 3C) with {heads} heads dividing C")
+        raise ValueError(f"attention: qkv is {qkv.shape}; "
+                         f"it must be (B, T, 3C) with {heads} heads dividing C")
     return _attention(qkv, heads, causal=causal, p=p, seed=next_seed() if seed is None and p else seed or 0)
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 def _dropout_reference(x, *, p, seed):
     return np.where(kernels.flat_mask(x.shape, p, seed), x * (1 / (1 - p)), 0.0)
@@ -197,7 +199,7 @@ def dropout(x, p, seed=None):
     return _dropout(x, p=p, seed=next_seed() if seed is None else seed)
 
 
-# ---- embedding ------------------------------------------------------------------------------------------------------
+# ---- embedding ---------------------------------------------------------------------------------------------
 
 def _embedding_reference(ids, weight):
     return weight[ids]
@@ -205,7 +207,7 @@ def _embedding_reference(ids, weight):
 
 @fused(reference=_embedding_reference)
 def embedding(ids, weight):
-    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError for an id outside 0 to V - 1."""
+    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
     ids = _integers("embedding", "ids", ids)
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
@@ -220,7 +222,7 @@ def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
     return ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
 
 
-# ---- cross-entropy --------------------------------------------------------------------------------------------------
+# ---- cross-entropy -----------------------------------------------------------------------------------------
 
 def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
     targets = np.asarray(targets)
@@ -251,7 +253,8 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
 
     def vjp(g):
-        dlosses = np.ascontiguousarray(np.broadcast_to(g * logits.dtype.type(scale), targets.shape)).reshape(-1)
+        dlosses = np.broadcast_to(g * logits.dtype.type(scale), targets.shape)
+        dlosses = np.ascontiguousarray(dlosses).reshape(-1)
         return kernels.cross_entropy_backward(dlosses, rows, flat, norms, ignore_index).reshape(logits.shape)
 
     if reduction == "none":

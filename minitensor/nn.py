@@ -1,4 +1,4 @@
-"""Modules: functions that own their parameters. A parameter is a Tensor attribute that requires a gradient."""
+"""Modules: functions that own their parameters, the Tensor attributes that require a gradient."""
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ from minitensor.tensor import Tensor
 
 
 class Module:
-    """Parameters and further modules as attributes (or in lists of modules), and `forward`, which a call runs."""
+    """Parameters and modules as attributes (or in lists of modules), and `forward`, which a call runs."""
     training = True
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -56,16 +56,18 @@ class Module:
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Copy arrays into the parameters; ValueError, with nothing changed, unless names, shapes and dtypes agree."""
+        """Copy arrays into the parameters; ValueError, and no change, unless names, shapes, dtypes agree."""
         own = self.state_dict()
         problems = [f"missing {name!r}" for name in own if name not in state]
         problems += [f"unexpected {name!r}" for name in state if name not in own]
         for name in own.keys() & state.keys():
             given, array = state[name], own[name]
             if given.shape != array.shape or given.dtype != array.dtype:
-                problems.append(f"{name!r} is {given.dtype} {given.shape}, it must be {array.dtype} {array.shape}")
+                problems.append(f"{name!r} is {given.dtype} {given.shape}, "
+                                f"it must be {array.dtype} {array.shape}")
         if problems:
-            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: {'; '.join(sorted(problems))}")
+            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
+                             f"{'; '.join(sorted(problems))}")
         for name, array in own.items():
             array[...] = state[name]
 
@@ -94,7 +96,10 @@ def _uniform(bound: float, shape: tuple[int, ...]) -> Tensor:
 
 
 class Linear(Module):
-    """x weightᵀ + bias; weight (outputs, inputs) and bias (outputs,) start uniform in ±1/√inputs, as in PyTorch."""
+    """x weightᵀ + bias: weight (outputs, inputs) and bias (outputs,).
+
+    Both start uniform in ±1/√inputs, as in PyTorch.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):
         bound = 1 / math.sqrt(inputs)
@@ -128,7 +133,7 @@ class LayerNorm(Module):
 
 
 class Dropout(Module):
-    """In training each element is 0 with probability p, else divided by 1 - p; in evaluation nothing happens."""
+    """In training each element is 0 with probability p, else divided by 1 - p; evaluation changes nothing."""
 
     def __init__(self, p: float):
         if not 0 <= p < 1:

@@ -33,7 +33,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
-    """The learning rate of a step counted from 0: linear from 0 up to lr, then half a cosine down to min_lr."""
+    """The learning rate of a step counted from 0: linear from 0 up to lr, then half a cosine to min_lr."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -82,8 +82,9 @@ class AdamW(_Optimizer):
     max_norm: gradients are clipped to this norm, all taken together, on their way into the update.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01, max_norm: float | None = None):
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
+                 max_norm: float | None = None):
         super().__init__(parameters, lr)
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
         self.steps = 0
@@ -91,7 +92,7 @@ class AdamW(_Optimizer):
         self.second = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> float | None:
-        """Update every parameter that has a gradient; the norm of the gradients before clipping, if there is any."""
+        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any."""
         norm = None if self.max_norm is None else grad_norm(self.parameters)
         scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         self.steps += 1

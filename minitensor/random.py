@@ -20,7 +20,7 @@ _state = _State()
 
 
 def seed(n: int) -> None:
-    """Start this thread's random numbers again from n, an integer of at least 0: initial weights, dropout masks."""
+    """Start this thread's random numbers (initial weights, dropout masks) again from n, at least 0."""
     _state.start(n)
 
 

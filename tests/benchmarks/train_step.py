@@ -2,9 +2,10 @@
 
     python tests/benchmarks/train_step.py --config cpu lecture8 --versus torch
 
-Prints a JSON line for each process. With --versus torch the two sides run in turn, each --repeats times and each in
-a process of its own, and a last line for each config gives the medians and their ratio, PyTorch's time over ours.
-The peer is tests/gpt/torch_peer.py, eager, float32: the same model from the same config, with fused AdamW.
+Prints a JSON line for each process. With --versus torch the two sides run in turn, each --repeats times and
+each in a process of its own, and a last line for each config gives the medians and their ratio, PyTorch's
+time over ours. The peer is tests/gpt/torch_peer.py, eager, float32: the same model from the same config, with
+fused AdamW.
 """
 import argparse
 import json
@@ -21,10 +22,10 @@ from gpt.config import Config
 
 VOCABULARY = {"gpt2": 50304}            # 65 for the others
 CONFIGS = {
-    "cpu": Config(),                                                                        # nanoGPT's CPU recipe
-    "lecture8": Config(layers=6, heads=6, width=384, context=256, dropout=0.2, batch=8),    # the lecture's, batch 8
+    "cpu": Config(),                                                                      # nanoGPT's for CPUs
+    "lecture8": Config(layers=6, heads=6, width=384, context=256, dropout=0.2, batch=8),  # the lecture's
     "long": Config(context=2048, batch=1),
-    "gpt2": Config(layers=12, heads=12, width=768, context=64, batch=4),                    # llm.c's: 124M, B=4, T=64
+    "gpt2": Config(layers=12, heads=12, width=768, context=64, batch=4),                  # llm.c's, 124M
 }
 STEPS = {"cpu": 40, "lecture8": 8, "long": 15, "gpt2": 5}
 WARM_UP = 3
@@ -36,8 +37,8 @@ def ours(config: Config, vocabulary: int):
     from gpt.model import GPT
     mt.seed(0)
     model = GPT(config, vocabulary)
-    optimizer = mt.optim.AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.decay,
-                               max_norm=config.clip)
+    optimizer = mt.optim.AdamW(model.parameters(), config.lr, (config.beta1, config.beta2),
+                               weight_decay=config.decay, max_norm=config.clip)
 
     def step(ids: np.ndarray) -> float:
         loss = mt.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
@@ -56,9 +57,9 @@ def peer(config: Config, vocabulary: int):
     torch.manual_seed(0)
     model = torch_peer.build(config, vocabulary)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.decay},
-                                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
     def step(ids: np.ndarray) -> float:
         ids = torch.from_numpy(ids.astype(np.int64))
@@ -76,7 +77,8 @@ def measure(name: str, side: str, steps: int) -> dict:
     """Time steps of one side in this process, after a warm-up."""
     config, vocabulary = CONFIGS[name], VOCABULARY.get(name, 65)
     step, parameters = (ours if side == "ours" else peer)(config, vocabulary)
-    batches = np.random.default_rng(0).integers(vocabulary, size=(8, config.batch, config.context + 1), dtype=np.int32)
+    shape = (8, config.batch, config.context + 1)
+    batches = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
     times, loss = [], 0.0
     for i in range(WARM_UP + steps):
         start = time.perf_counter()
@@ -92,7 +94,8 @@ def measure(name: str, side: str, steps: int) -> dict:
 def in_a_process(name: str, side: str, steps: int) -> dict:
     """`measure` in a new process; its line is printed."""
     command = [sys.executable, __file__, "--config", name, "--side", side, "--steps", str(steps)]
-    line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()[-1]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    line = run.stdout.strip().splitlines()[-1]
     print(line, flush=True)
     return json.loads(line)
 
@@ -113,10 +116,11 @@ def main() -> None:
         elif not options.versus:
             in_a_process(name, "ours", steps)
         else:
-            pairs = [[in_a_process(name, side, steps) for side in ("ours", "torch")] for _ in range(options.repeats)]
+            pairs = [[in_a_process(name, side, steps) for side in ("ours", "torch")]
+                     for _ in range(options.repeats)]
             a, b = (statistics.median(pair[i]["step_ms_median"] for pair in pairs) for i in (0, 1))
-            print(json.dumps(dict(config=name, ours_ms=a, torch_ms=b, ratio=round(b / a, 3),
-                                  ratios=[round(y["step_ms_median"] / x["step_ms_median"], 3) for x, y in pairs])))
+            ratios = [round(y["step_ms_median"] / x["step_ms_median"], 3) for x, y in pairs]
+            print(json.dumps(dict(config=name, ours_ms=a, torch_ms=b, ratio=round(b / a, 3), ratios=ratios)))
 
 
 if __name__ == "__main__":

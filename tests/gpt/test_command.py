@@ -34,7 +34,8 @@ def train(text, out, *more):
 def test_a_run_leaves_checkpoint_metrics_plot_and_sample(text, tmp_path, capsys):
     out = tmp_path / "out" / "run"
     assert train(text, out) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
     assert set(lines[0]) == {"step", "train_loss", "val_loss", "seconds", "tokens_per_s"}
@@ -51,8 +52,8 @@ def test_the_same_command_gives_the_same_bits(text, tmp_path):
         assert train(text, tmp_path / name, "--dropout", "0.1") == 0
     for file in ("checkpoint.safetensors", "sample.txt"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    losses = [[(line["train_loss"], line["val_loss"]) for line in map(json.loads, (tmp_path / name / "metrics.jsonl")
-               .read_text().splitlines())] for name in ("a", "b")]
+    runs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("a", "b")]
+    losses = [[(line["train_loss"], line["val_loss"]) for line in map(json.loads, run)] for run in runs]
     assert losses[0] == losses[1]
 
 
@@ -104,9 +105,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, text, tmp_path, capsys):
 def test_interrupted_run_saves_and_exits_with_130(text, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "examples/train_shakespeare.py", *TINY, "--steps", "1000000", "--eval-every", "20", "--data",
-         str(text), "--out", str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, "examples/train_shakespeare.py", *TINY, "--steps", "1000000", "--eval-every", "20",
+         "--data", str(text), "--out", str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (out / "checkpoint.safetensors").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -121,29 +122,32 @@ def test_help_names_every_field(capsys):
         command.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for flag in ("--layers", "--eval-every", "--recipe", "--data", "--out", "--seed", "--no-bias", "--threads"):
+    for flag in ("--layers", "--eval-every", "--recipe", "--data", "--out", "--seed", "--no-bias",
+                 "--threads"):
         assert flag in printed
 
 
 def example(name, *arguments):
-    return subprocess.run([sys.executable, f"examples/{name}", *arguments], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run([sys.executable, f"examples/{name}", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_sample_py(text, tmp_path):
     assert train(text, tmp_path / "out") == 0
     checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
     prompt = text.read_text()[:5]
-    run = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8", "--top-k", "3")
+    run = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8",
+                  "--top-k", "3")
     assert run.returncode == 0 and run.stdout.startswith(prompt) and len(run.stdout) == 5 + 30 + 1
     (tmp_path / "broken").write_bytes(Path(checkpoint).read_bytes()[:-7])
-    for arguments, said in [([checkpoint, "--prompt", "☃"], "'☃'"), ([checkpoint, "--prompt", ""], "--prompt is empty"),
-                            ([checkpoint, "--top-k", "0"], "--top-k is 0"), ([checkpoint, "--count", "-1"], "-1"),
+    for arguments, said in [([checkpoint, "--prompt", "☃"], "'☃'"), ([checkpoint, "--count", "-1"], "-1"),
+                            ([checkpoint, "--prompt", ""], "--prompt is empty"),
+                            ([checkpoint, "--top-k", "0"], "--top-k is 0"), ([str(text)], "verse.txt"),
                             ([checkpoint, "--temperature", "-1"], "--temperature is -1"),
-                            ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken"),
-                            ([str(text)], "verse.txt")]:
+                            ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken")]:
         run = example("sample.py", *arguments)
-        assert run.returncode == 2 and run.stderr.count("\n") == 1 and said in run.stderr, (arguments, run.stderr)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1, (arguments, run.stderr)
+        assert said in run.stderr, arguments
 
 
 def test_bigram_reaches_the_lectures_loss():

@@ -10,9 +10,9 @@ import kernels
 def close():
     """A function: raises unless actual is expected but for so many roundings of something as large as size.
 
-    expected and size are float64. A rounding counts as one eps, twice what it can be, since in a check of float64 the
-    expected value is rounded as well. Sums of n terms are allowed n roundings where n is small; else √n, as errors
-    of either sign add up like a random walk.
+    expected and size are float64. A rounding counts as one eps, twice what it can be, since in a check of
+    float64 the expected value is rounded as well. A sum of n terms is rounded n times; callers that allow √n
+    roundings do so because errors of either sign add up like a random walk.
     """
     def check(actual, expected, size, roundings, where=""):
         expected, size = np.asarray(expected, np.float64), np.asarray(size, np.float64)
@@ -32,7 +32,8 @@ def same_bits():
     def check(first, second, where=""):
         for i, (x, y) in enumerate(zip(first, second, strict=True)):
             assert x.dtype == y.dtype and x.shape == y.shape, where
-            assert x.tobytes() == y.tobytes(), f"{where}: result {i} differs at {np.argwhere(x != y)[:3].tolist()}"
+            first_places = np.argwhere(x != y)[:3].tolist()
+            assert x.tobytes() == y.tobytes(), f"{where}: result {i} differs at {first_places}"
     return check
 
 

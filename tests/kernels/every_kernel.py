@@ -1,4 +1,4 @@
-"""Every kernel once, on sizes that leave remainders everywhere; run as a script, prints a hash of each result."""
+"""Every kernel once, on sizes that leave remainders everywhere; as a script, prints a hash of each result."""
 import hashlib
 import json
 import sys
@@ -84,7 +84,8 @@ CASES = [embedding, layernorm, matmul, linear, attention, softmax, gelu, dropout
 
 def hashes(dtype):
     """The hash of every result of every case."""
-    return {case.__name__: [hashlib.sha256(r.tobytes()).hexdigest()[:16] for r in case(dtype)] for case in CASES}
+    return {case.__name__: [hashlib.sha256(result.tobytes()).hexdigest()[:16] for result in case(dtype)]
+            for case in CASES}
 
 
 if __name__ == "__main__":

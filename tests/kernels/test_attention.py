@@ -35,7 +35,7 @@ def join(*parts):
 
 
 def weights(qkv, heads, causal, p, seed):
-    """Softmax of the scores, their norms, what dropout multiplies by, and how large the terms of a score are."""
+    """Softmax of the scores, their norms, what dropout multiplies by, how large the terms of a score are."""
     q, k, _ = split(qkv, 3, heads)
     batch, _, time, depth = q.shape
     visible = np.tri(time, dtype=bool) if causal else np.ones((time, time), bool)
@@ -67,8 +67,8 @@ def backward(dout, qkv, heads, causal, p=0.0, seed=0):
         return ds @ k, ds.swapaxes(-1, -2) @ q, (w * kept).swapaxes(-1, -2) @ do
 
     lost = 1 + terms.max()
-    return (join(*gradients(q, k, v, do, np.subtract)),
-            join(*gradients(abs(q), abs(k), abs(v), abs(do), lambda dp, d: lost * (dp + d))) + lost * abs(dout).max() * 1e-2)
+    size = join(*gradients(abs(q), abs(k), abs(v), abs(do), lambda dp, d: lost * (dp + d)))
+    return join(*gradients(q, k, v, do, np.subtract)), size + 0.01 * lost * abs(dout).max()
 
 
 def check(close, batch, time, heads, depth, dtype, causal, p=0.0, seed=5):
@@ -124,11 +124,11 @@ def test_no_output_depends_on_a_later_token(dtype, p, same_bits):
     for first in (1, 5, 6, 7, 13, 14, 31, 32, 47, 48, 49, 63, 96, 126):
         changed = qkv.copy()
         changed[:, first:] = 100 * normal(2, time - first, 3 * width, dtype=dtype, seed=2)
-        changed_out, changed_norms = kernels.attention_forward(changed, heads, True, p, 3)
-        same_bits([changed_out[:, :first], changed_norms[..., :first]], [out[:, :first], norms[..., :first]])
-        assert (changed_out[:, first:] != out[:, first:]).any()
-        changed_dqkv = kernels.attention_backward(dout, changed, changed_out, changed_norms, heads, True, p, 3)
-        same_bits([changed_dqkv[:, :first, :width]], [dqkv[:, :first, :width]])          # dq: of earlier keys alone
+        new_out, new_norms = kernels.attention_forward(changed, heads, True, p, 3)
+        same_bits([new_out[:, :first], new_norms[..., :first]], [out[:, :first], norms[..., :first]])
+        assert (new_out[:, first:] != out[:, first:]).any()
+        new_dqkv = kernels.attention_backward(dout, changed, new_out, new_norms, heads, True, p, 3)
+        same_bits([new_dqkv[:, :first, :width]], [dqkv[:, :first, :width]])      # dq: of earlier keys alone
 
 
 @BOTH
@@ -141,20 +141,20 @@ def test_no_gradient_reaches_a_later_token(dtype):
         dout[:, last] = 1
         dqkv = kernels.attention_backward(dout, qkv, out, norms, heads)
         assert not dqkv[:, last + 1:].any()
-        assert not dqkv[:, :last, :width].any()                                          # nor another query
+        assert not dqkv[:, :last, :width].any()          # nor another query
         assert dqkv[:, :last + 1, 2 * width:].all()
 
 
 @BOTH
 @CAUSAL
-def test_a_shorter_sequence_is_the_start_of_a_longer_one(dtype, causal, close):
-    """Nothing of an earlier call is left in the scratch: large sizes, then small ones, then large ones again."""
-    first = kernels.attention_forward(normal(1, 127, 3 * 64, dtype=dtype), 1, causal)
+def test_nothing_of_an_earlier_call_is_left_in_the_scratch(dtype, causal, close, same_bits):
+    qkv = normal(1, 127, 3 * 64, dtype=dtype)
+    first = kernels.attention_forward(qkv, 1, causal)
     check(close, 1, 3, 1, 5, dtype, causal)
-    for x, y in zip(first, kernels.attention_forward(normal(1, 127, 3 * 64, dtype=dtype), 1, causal), strict=True):
-        np.testing.assert_array_equal(x, y)
-    qkv = np.full((1, 127, 3 * 64), np.nan, dtype)
-    kernels.attention_backward(qkv[..., :64].copy(), qkv, *kernels.attention_forward(qkv, 1, causal), 1, causal)
+    same_bits(kernels.attention_forward(qkv, 1, causal), first)
+    qkv[:] = np.nan
+    out, norms = kernels.attention_forward(qkv, 1, causal)
+    kernels.attention_backward(out, qkv, out, norms, 1, causal)
     check(close, 1, 49, 1, 33, dtype, causal)
 
 
@@ -162,7 +162,8 @@ def test_a_shorter_sequence_is_the_start_of_a_longer_one(dtype, causal, close):
 @CAUSAL
 def test_same_bits_on_one_and_two_threads(dtype, causal, one_and_two_threads, same_bits):
     for batch, time, heads, depth, p in ((1, 127, 3, 17, 0.2), (5, 49, 1, 8, 0.0), (2, 300, 2, 32, 0.1)):
-        qkv, dout = normal(batch, time, 3 * heads * depth, dtype=dtype), normal(batch, time, heads * depth, dtype=dtype)
+        width = heads * depth
+        qkv, dout = normal(batch, time, 3 * width, dtype=dtype), normal(batch, time, width, dtype=dtype)
 
         def run(qkv=qkv, dout=dout, heads=heads, p=p):
             out, norms = kernels.attention_forward(qkv, heads, causal, p, 1)
@@ -202,7 +203,8 @@ def test_huge_scores_choose_one_key(dtype, causal, size, close):
 @pytest.mark.parametrize("score", [-1e4, 1e4, -1e30, 1e30])
 def test_equal_scores_share_alike_however_large(dtype, causal, score, close):
     time = 101
-    qkv = rows_of(normal(1, time, 3 * 4, dtype=dtype), math.copysign(1, score), abs(score) / 2)      # 4 terms over √4
+    qkv = normal(1, time, 3 * 4, dtype=dtype)
+    rows_of(qkv, math.copysign(1, score), abs(score) / 2)                        # 4 terms over √4
     out, norms = kernels.attention_forward(qkv, 1, causal)
     v = qkv[..., 8:].astype(np.float64)
     count = np.arange(1, time + 1) if causal else np.full(time, time)
@@ -236,7 +238,7 @@ def test_nan_in_a_query_stays_in_its_row(dtype, causal, value, same_bits):
     clean = kernels.attention_forward(qkv, heads, causal)
     for t in (0, 5, 30, 48, 64):
         bad = qkv.copy()
-        bad[1, t, depth + 4] = value                                                     # sequence 1, head 1
+        bad[1, t, depth + 4] = value                     # sequence 1, head 1
         out, norms = kernels.attention_forward(bad, heads, causal)
         row = np.s_[1, t, depth:]
         assert np.isnan(out[row]).all() and not np.isfinite(norms[1, 1, t])
@@ -273,11 +275,11 @@ def test_heads_that_do_not_divide_the_width(heads):
 
 @pytest.mark.parametrize("p", [1.0, -0.5, math.nan])
 def test_bad_p(p):
-    qkv = np.zeros((1, 2, 9))
+    qkv, out, norms = np.zeros((1, 2, 9)), np.zeros((1, 2, 3)), np.zeros((1, 1, 2))
     with pytest.raises(ValueError, match="p is"):
         kernels.attention_forward(qkv, 1, True, p)
     with pytest.raises(ValueError, match="p is"):
-        kernels.attention_backward(qkv[..., :3].copy(), qkv, qkv[..., :3].copy(), np.zeros((1, 1, 2)), 1, True, p)
+        kernels.attention_backward(out, qkv, out, norms, 1, True, p)
 
 
 def test_buffers_grow_with_time_and_not_its_square():
@@ -312,9 +314,10 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the largest memory from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_process_never_holds_a_matrix_of_time_by_time():
-    ran = subprocess.run([sys.executable, "-c", PEAK], cwd=Path(kernels.__file__).parents[1], capture_output=True,
-                         text=True, check=True)
+    root = Path(kernels.__file__).parents[1]
+    command = [sys.executable, "-c", PEAK]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     one_array = 8192 * 16 * 4 / 1024                     # KiB in T x D; T x T would be 512 of them
     assert int(ran.stdout) < 50 * one_array

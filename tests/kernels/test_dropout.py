@@ -1,4 +1,4 @@
-"""Dropout's mask: how many it keeps, that nothing in it hangs together, and that the kernel takes the same one."""
+"""Dropout's mask: how many it keeps, that nothing in it hangs together, that the kernel has the same."""
 import itertools
 import math
 
@@ -47,7 +47,7 @@ def test_neighbours_do_not_hang_together(p, seed):
     for distance in (1, 2, 3, 4, 8, 16, 64, 256):
         assert correlation(mask[distance:], mask[:-distance]) < limit, f"rows {distance} apart"
         assert correlation(mask[:, distance:], mask[:, :-distance]) < limit, f"columns {distance} apart"
-        assert correlation(mask[distance:, distance:], mask[:-distance, :-distance]) < limit, f"diagonal {distance}"
+        assert correlation(mask[distance:, distance:], mask[:-distance, :-distance]) < limit, distance
     a, b, c, d = mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:], mask[1:, 1:]
     assert correlation(a ^ b, c ^ d) < limit                 # nor do the changes from a row to the next
 
@@ -67,7 +67,8 @@ def test_seeds_do_not_hang_together(p):
 def test_a_mask_is_a_part_of_the_larger_one():
     large = kernels.dropout_mask(100, 5000, 0.3, 8)
     np.testing.assert_array_equal(kernels.dropout_mask(7, 33, 0.3, 8), large[:7, :33])
-    np.testing.assert_array_equal(kernels.flat_mask((2, 3, 700), 0.3, 8), large[:2, :4096].ravel()[:4200].reshape(2, 3, 700))
+    flat = large[:2, :4096].ravel()[:4200].reshape(2, 3, 700)
+    np.testing.assert_array_equal(kernels.flat_mask((2, 3, 700), 0.3, 8), flat)
 
 
 @BOTH
@@ -78,7 +79,8 @@ def test_kernel_takes_the_flat_mask(dtype, p, seed):
         x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
         y = kernels.dropout(x, p, seed)
         assert y.dtype == dtype
-        np.testing.assert_array_equal(y, np.where(kernels.flat_mask(shape, p, seed), x * dtype(1 / (1 - p)), 0))
+        kept = kernels.flat_mask(shape, p, seed)
+        np.testing.assert_array_equal(y, np.where(kept, x * dtype(1 / (1 - p)), 0))
 
 
 @BOTH

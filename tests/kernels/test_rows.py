@@ -29,7 +29,11 @@ def total(x):
     return x.sum(axis=1, keepdims=True)
 
 
-# ---- the formulas, in numpy ----------------------------------------------------------------------------------------
+def mean_of(x):
+    return x.mean(axis=1, keepdims=True)
+
+
+# ---- the formulas, in numpy --------------------------------------------------------------------------------
 
 def softmax(x):
     e = np.exp(x - x.max(axis=1, keepdims=True))
@@ -53,7 +57,7 @@ def layernorm(x, gain, bias, eps=1e-5):
 def layernorm_backward(dy, x, gain, mean, rstd):
     normed = (x - mean[:, None]) * rstd[:, None]
     h = gain * dy
-    dx = rstd[:, None] * (h - h.mean(axis=1, keepdims=True) - normed * (h * normed).mean(axis=1, keepdims=True))
+    dx = rstd[:, None] * (h - mean_of(h) - normed * mean_of(h * normed))
     return dx, (dy * normed).sum(axis=0), dy.sum(axis=0)
 
 
@@ -66,11 +70,12 @@ def gelu(x, approximate):
 def gelu_backward(dy, x, approximate):
     if approximate:
         t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x))
+        du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du)
     return dy * (0.5 * (1 + ERF(x / math.sqrt(2))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 class Case(NamedTuple):
     """A kernel, its arguments for a shape, the formula, and how large what is rounded on the way is."""
@@ -80,14 +85,14 @@ class Case(NamedTuple):
     formula: Callable
     sizes: Callable
 
-    def check(self, shape, dtype, close, spread=1.0):
-        """spread: what inputs are multiplied by, so that exponentials over- and underflow."""
+    def check(self, shape, dtype, close, spread=1.0, more=0):
+        """spread: what inputs are multiplied by, so that exponentials underflow; more: roundings allowed."""
         arguments = [(spread * x).astype(dtype) for x in self.arguments(*shape)]
         exact = [x.astype(np.float64) for x in arguments]
         results, expected, sizes = self.kernel(*arguments), self.formula(*exact), self.sizes(*exact)
         if not isinstance(results, tuple):
             results, expected, sizes = (results,), (expected,), (sizes,)
-        roundings = 20 + math.sqrt(shape[0]) + math.sqrt(shape[1])
+        roundings = more + 20 + math.sqrt(shape[0]) + math.sqrt(shape[1])
         for i, (result, value, size) in enumerate(zip(results, expected, sizes, strict=True)):
             assert result.dtype == dtype
             close(result, value, size, roundings, f"{self.name} of {shape}, result {i}")
@@ -119,7 +124,7 @@ def for_layernorm_backward(n, c):
 
 
 def layernorm_sizes(x, gain, bias):
-    y, mean, rstd = layernorm(x, np.ones_like(gain), np.zeros_like(bias))
+    y, _, rstd = layernorm(x, np.ones_like(gain), np.zeros_like(bias))
     largest = np.abs(x).max(axis=1)
     lost = 1 + largest * rstd                            # digits that go when the mean is taken away
     return (np.abs(gain) * (np.abs(y) + 1) * lost[:, None] + np.abs(bias), largest, rstd * lost)
@@ -129,7 +134,7 @@ def layernorm_backward_sizes(dy, x, gain, mean, rstd):
     normed = np.abs(x - mean[:, None]) * rstd[:, None]
     lost = 1 + np.abs(x) * rstd[:, None]
     h = np.abs(gain * dy)
-    dx = h + h.mean(axis=1, keepdims=True) + (normed + lost) * (h * (normed + lost)).mean(axis=1, keepdims=True)
+    dx = h + mean_of(h) + (normed + lost) * mean_of(h * (normed + lost))
     return rstd[:, None] * dx, (np.abs(dy) * (normed + lost)).sum(axis=0), np.abs(dy).sum(axis=0)
 
 
@@ -139,17 +144,20 @@ CASES = [
          lambda dy, y: y * (np.abs(dy) + total(np.abs(dy * y)))),
     Case("log_softmax", K.log_softmax_forward, one, log_softmax,
          lambda x: 1 + np.abs(x) + np.abs(logsumexp(x))[:, None]),
-    Case("log_softmax backward", K.log_softmax_backward, with_log_softmax, lambda dz, z: dz - np.exp(z) * total(dz),
+    Case("log_softmax backward", K.log_softmax_backward, with_log_softmax,
+         lambda dz, z: dz - np.exp(z) * total(dz),
          lambda dz, z: np.abs(dz) + np.exp(z) * (1 + np.abs(z)) * total(np.abs(dz))),
     Case("layernorm", K.layernorm_forward, for_layernorm, layernorm, layernorm_sizes),
     Case("layernorm without bias", lambda x, gain, bias: K.layernorm_forward(x, gain), for_layernorm,
          lambda x, gain, bias: layernorm(x, gain, 0), layernorm_sizes),
     Case("layernorm backward", K.layernorm_backward, for_layernorm_backward, layernorm_backward,
          layernorm_backward_sizes),
-    *(Case(f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a), one, lambda x, a=a: gelu(x, a), np.abs)
+    *(Case(f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a), one,
+           lambda x, a=a: gelu(x, a), np.abs)
       for a in (False, True)),
     *(Case(f"gelu backward, approximate {a}", lambda dy, x, a=a: K.gelu_backward(dy, x, a), two,
-           lambda dy, x, a=a: gelu_backward(dy, x, a), lambda dy, x: np.abs(dy) * (1 + x * x)) for a in (False, True)),
+           lambda dy, x, a=a: gelu_backward(dy, x, a), lambda dy, x: np.abs(dy) * (1 + x * x))
+      for a in (False, True)),
 ]
 NAMES = [case.name for case in CASES]
 
@@ -165,7 +173,7 @@ def test_value(case, dtype, close):
 @pytest.mark.parametrize("case", CASES[:1] + CASES[4:9], ids=NAMES[:1] + NAMES[4:9])
 def test_value_of_large_inputs(case, dtype, close):
     for shape in ((3, 33), (31, 127)):
-        case.check(shape, dtype, lambda *arguments: close(*arguments[:3], 300 + arguments[3], arguments[4]), spread=100)
+        case.check(shape, dtype, close, spread=100, more=300)
 
 
 @BOTH
@@ -202,10 +210,10 @@ def test_gelu_takes_any_shape(same_bits):
     assert K.gelu_forward(np.array(1.0)).shape == ()
 
 
-# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+# ---- NaN and infinity --------------------------------------------------------------------------------------
 
 def special_rows(columns, dtype):
-    """Rows with NaN or infinity in their first, a middle and the last place, among them one with nothing special."""
+    """Rows with NaN or infinity in the first, a middle and the last place; and a first row without."""
     rows = [normal(columns)]
     for values in ((NAN,), (INF,), (-INF,), (INF, -INF), (NAN, -INF), (NAN, INF)):
         for place in (0, columns // 2, columns - len(values)):
@@ -227,9 +235,10 @@ def same_kind(actual, expected, where):
 SPECIAL = [
     ("softmax", K.softmax_forward, softmax),
     ("log_softmax", K.log_softmax_forward, log_softmax),
-    ("layernorm", lambda x: K.layernorm_forward(x, np.ones(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)),
+    ("layernorm", lambda x: K.layernorm_forward(x, *np.ones((2, x.shape[1]), x.dtype)),
      lambda x: layernorm(x, 1, 1)),
-    *((f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a), lambda x, a=a: gelu(x, a)) for a in (False, True)),
+    *((f"gelu, approximate {a}", lambda x, a=a: K.gelu_forward(x, a),
+       lambda x, a=a: gelu(x, a)) for a in (False, True)),
     *((f"gelu backward, approximate {a}", lambda x, a=a: K.gelu_backward(x, x, a),
        lambda x, a=a: gelu_backward(x, x, a)) for a in (False, True)),
     ("dropout", lambda x: K.dropout(x, 0.0, 1), lambda x: x),
@@ -297,7 +306,7 @@ def test_a_bad_row_leaves_the_others_alone(dtype, value, same_bits):
         same_bits([np.delete(kernel(bad), 300, 0)], [np.delete(kernel(x), 300, 0)])
 
 
-# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+# ---- cross-entropy -----------------------------------------------------------------------------------------
 
 @BOTH
 def test_cross_entropy(dtype, close):
@@ -366,8 +375,8 @@ def test_cross_entropy_of_masked_logits(dtype):
 def test_cross_entropy_of_huge_logits_stays_finite(dtype, scale):
     logits = dtype(scale) * np.eye(33, dtype=dtype) - dtype(scale)
     losses, norms = K.cross_entropy_forward(logits, np.arange(33))
-    np.testing.assert_array_equal(losses, 0)
-    np.testing.assert_array_equal(K.cross_entropy_backward(np.ones(33, dtype), logits, np.arange(33), norms), 0)
+    dlogits = K.cross_entropy_backward(np.ones(33, dtype), logits, np.arange(33), norms)
+    assert not losses.any() and not dlogits.any()
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, -2, 10**9])
@@ -385,7 +394,7 @@ def test_cross_entropy_without_rows():
     assert K.cross_entropy_backward(losses, np.zeros((0, 5)), np.zeros(0, np.int64), norms).shape == (0, 5)
 
 
-# ---- embedding -------------------------------------------------------------------------------------------------------
+# ---- embedding ---------------------------------------------------------------------------------------------
 
 @BOTH
 def test_embedding(dtype):
@@ -416,8 +425,8 @@ def test_embedding_without_ids_and_without_columns():
 
 @pytest.mark.parametrize("wrong", [-1, 3, 2**31 - 1])
 def test_ids_out_of_range(wrong):
-    ids = np.array([0, wrong])
-    for call in (lambda: K.embedding_forward(ids, np.ones((3, 5))), lambda: K.embedding_backward(np.ones((2, 5)), ids, 3)):
+    ids, weight, dy = np.array([0, wrong]), np.ones((3, 5)), np.ones((2, 5))
+    for call in (lambda: K.embedding_forward(ids, weight), lambda: K.embedding_backward(dy, ids, 3)):
         with pytest.raises(IndexError, match=f"embedding: ids holds {wrong}; it must be in 0 to 2"):
             call()
 
@@ -427,12 +436,13 @@ def test_numbers_of_32_bits(same_bits):
     small, dlosses = ids.astype(np.int32), np.ones(40, np.float32)
     losses, norms = K.cross_entropy_forward(x, ids)
     same_bits(K.cross_entropy_forward(x, small), (losses, norms))
-    same_bits([K.cross_entropy_backward(dlosses, x, small, norms)], [K.cross_entropy_backward(dlosses, x, ids, norms)])
+    dlogits = K.cross_entropy_backward(dlosses, x, ids, norms)
+    same_bits([K.cross_entropy_backward(dlosses, x, small, norms)], [dlogits])
     same_bits([K.embedding_forward(small, x)], [x[ids]])
     same_bits([K.embedding_backward(x, small, 33)], [K.embedding_backward(x, ids, 33)])
 
 
-# ---- optimizer -------------------------------------------------------------------------------------------------------
+# ---- optimizer ---------------------------------------------------------------------------------------------
 
 @BOTH
 @pytest.mark.parametrize(("decay", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.3)])
@@ -448,7 +458,8 @@ def test_adamw(dtype, decay, scale, close):
             np.testing.assert_array_equal(g, given)
             s = scale * g.astype(np.float64)
             mean, square = beta1 * mean + (1 - beta1) * s, beta2 * square + (1 - beta2) * s * s
-            q -= lr * decay * q + lr * (mean / (1 - beta1**step)) / (np.sqrt(square / (1 - beta2**step)) + eps)
+            root = np.sqrt(square / (1 - beta2**step))
+            q -= lr * decay * q + lr * (mean / (1 - beta1**step)) / (root + eps)
             close(m, mean, 4, 4 * step)
             close(v, square, 16, 4 * step)
             close(p, q, 1 + np.abs(q), 4 * step, f"{shape}, step {step}")
@@ -477,7 +488,7 @@ def test_sum_of_squares(dtype):
         np.testing.assert_equal(K.sum_of_squares(x), value * value)
 
 
-# ---- what holds for all ----------------------------------------------------------------------------------------------
+# ---- what holds for all ------------------------------------------------------------------------------------
 
 @BOTH
 @pytest.mark.parametrize("case", EVERY_KERNEL["CASES"], ids=lambda case: case.__name__)
@@ -487,12 +498,17 @@ def test_same_bits_on_one_and_two_threads(case, dtype, one_and_two_threads, same
 
 
 def test_the_table_has_every_kernel(monkeypatch):
+    not_compiled = {"dropout_mask", "flat_mask", "keep_below", "set_num_threads", "get_num_threads"}
     called = set()
-    for name in set(K.__all__) - {"dropout_mask", "flat_mask", "keep_below", "set_num_threads", "get_num_threads"}:
-        monkeypatch.setattr(K, name, lambda *a, name=name, was=getattr(K, name), **k: called.add(name) or was(*a, **k))
+
+    def noting(name, kernel):
+        return lambda *arguments, **options: called.add(name) or kernel(*arguments, **options)
+
+    for name in K.__all__:
+        monkeypatch.setattr(K, name, noting(name, getattr(K, name)))
     for case in EVERY_KERNEL["CASES"]:
         case(np.float32)
-    assert called == set(K.__all__) - {"dropout_mask", "flat_mask", "keep_below", "set_num_threads", "get_num_threads"}
+    assert called >= set(K.__all__) - not_compiled
 
 
 X, ROW, COLUMN, IDS = np.ones((4, 3)), np.ones(3), np.ones(4), np.zeros(4, np.int64)
@@ -503,23 +519,28 @@ ARGUMENTS = [
     (K.softmax_backward, {"dy": X, "y": X}, {"dy": [(3,)], "y": [(3, 4), (4, 4), (5, 3), (12,)]}),
     (K.log_softmax_forward, {"x": X}, {"x": [(3,), (2, 3, 4)]}),
     (K.log_softmax_backward, {"dz": X, "z": X}, {"dz": [(3,)], "z": [(3, 4), (4, 4), (5, 3), (12,)]}),
-    (K.layernorm_forward, {"x": X, "gain": ROW, "bias": ROW}, {"x": [(3,)], "gain": [(4,), (1, 3)], "bias": [(2,), ()]}),
+    (K.layernorm_forward, {"x": X, "gain": ROW, "bias": ROW},
+     {"x": [(3,)], "gain": [(4,), (1, 3)], "bias": [(2,), ()]}),
     (K.layernorm_backward, {"dy": X, "x": X, "gain": ROW, "mean": COLUMN, "rstd": COLUMN},
      {"dy": [(3,)], "x": [(3, 4), (5, 3)], "gain": [(4,)], "mean": [(3,), (4, 1)], "rstd": [(5,)]}),
     (K.gelu_forward, {"x": X}, {}),
     (K.gelu_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
     (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
-    (K.cross_entropy_forward, {"logits": X, "targets": IDS}, {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
+    (K.cross_entropy_forward, {"logits": X, "targets": IDS},
+     {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
     (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": COLUMN},
      {"dlosses": [(3,), (4, 1)], "logits": [(4,)], "targets": [(5,)], "norms": [(3,)]}),
     (K.embedding_forward, {"ids": IDS, "weight": X}, {"ids": [(2, 2)], "weight": [(3,)]}),
-    (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS}, {"dy": [(4,)], "ids": [(3,), (5,)]}),
+    (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS},
+     {"dy": [(4,)], "ids": [(3,), (5,)]}),
     (K.sum_of_squares, {"x": X}, {}),
-    (lambda parameter, gradient, first, second: K.adamw(parameter, gradient, first, second, 1, 1, 0.9, 0.9, 1, 0),
-     {"parameter": X, "gradient": X, "first": X, "second": X}, {"gradient": [(3, 4)], "first": [(12,)], "second": [(4,)]}),
+    (lambda *arrays: K.adamw(*arrays, 1, 1e-3, 0.9, 0.9, 1e-8, 0),
+     {"parameter": X, "gradient": X, "first": X, "second": X},
+     {"gradient": [(3, 4)], "first": [(12,)], "second": [(4,)]}),
     (lambda qkv: K.attention_forward(qkv, 1), {"qkv": np.ones((2, 4, 3))}, {"qkv": [(4, 3), (2, 4, 4)]}),
-    (lambda dout, qkv, out, norms: K.attention_backward(dout, qkv, out, norms, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
-     {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)], "norms": [(2, 4, 1), (2, 4)]}),
+    (lambda *arrays: K.attention_backward(*arrays, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
+     {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)],
+      "norms": [(2, 4, 1), (2, 4)]}),
 ]
 WRONG = [pytest.param(*case, name, id=f"{i}-{name}") for i, case in enumerate(ARGUMENTS) for name in case[1]]
 
@@ -539,4 +560,4 @@ def test_wrong_arguments_are_refused_by_name(kernel, arguments, wrong_shapes, na
     for shape in wrong_shapes.get(name, []):
         refused(ValueError, np.ones(shape, right.dtype))
     if right is not IDS and sum(x is not IDS for x in arguments.values()) > 1:
-        refused(TypeError, right.astype(np.float32), "|".join(arguments))      # one of them is not like the others
+        refused(TypeError, right.astype(np.float32), "|".join(arguments))      # one is unlike the others

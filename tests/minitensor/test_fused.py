@@ -27,12 +27,12 @@ from minitensor.tensor import Tensor, fused, grad, no_grad, unfused
 from minitensor.testing import gradcheck
 
 module = importlib.import_module("minitensor.fused")        # `minitensor.fused` is the decorator
-SMALL, LARGE = 3, 70                                        # the longest axes that are drawn
+TINY, SMALL, LARGE = 2, 4, 70                               # the longest axes that are drawn
 dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-5)],
                                  ids=["float64", "float32"])
 
 
-# ---- what is drawn for each: shapes and options; size() draws a length from 1 up, size(0) from 0 up --------------
+# ---- what is drawn for each: shapes and options; size() draws a length from 1 up, size(0) from 0 up --------
 
 def leading(draw, size):
     """No axis, one or two in front of those that an op is about, and now and then no rows at all."""
@@ -49,7 +49,7 @@ def linear_shapes(draw, size, bias=False):
 
 
 def layernorm_shapes(draw, size, bias=False):
-    width = size()
+    width = size() + 2                  # two numbers become ±1, and what is left of the gradient is rounding
     return [(*leading(draw, size), width), (width,), (width,)][:2 + bias], {}
 
 
@@ -61,8 +61,8 @@ def axis_shapes(draw, size):
 
 
 def attention_shapes(draw, size):
-    heads, width = draw(st.integers(1, 3)), size()
-    batch, time = min(3, size(0)), size(0) + size()
+    heads, width = draw(st.integers(1, 2)), size()
+    batch, time = min(2, size(0)), 1 + size(0)
     return [(batch, time, 3 * heads * width)], {"heads": heads}
 
 
@@ -70,7 +70,8 @@ def dropped(shapes):
     """The same shapes, with a probability and a seed among the options."""
     def with_dropout(draw, size):
         drawn, options = shapes(draw, size)
-        return drawn, {**options, "p": draw(st.sampled_from([0.1, 0.5, 0.9])), "seed": draw(st.integers(0, 2**64 - 1))}
+        p, seed = draw(st.sampled_from([0.1, 0.5, 0.9])), draw(st.integers(0, 2**64 - 1))
+        return drawn, {**options, "p": p, "seed": seed}
     return with_dropout
 
 
@@ -86,29 +87,39 @@ def cross_entropy_shapes(draw, size):
     return [(*shape, symbols)], {"targets": targets, "ignore_index": -1}
 
 
-# ---- the same in PyTorch, where it is more than one function; t is the torch module -------------------------------
+# ---- the same in PyTorch, where it is more than one function; F is torch.nn.functional ---------------------
 
-def torch_attention(t, qkv, heads, causal=True, p=0.0, seed=0):
+def torch_tensor(array):
+    """Floats as float64, so that float32 is held to the truth, and integers as int64."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    return torch.tensor(np.asarray(array, bool if array.dtype == bool else np.result_type(array, np.int64)))
+
+
+def torch_attention(F, qkv, heads, causal=True, p=0.0, seed=0):
     batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.split(width, dim=2))
     if not p:
-        y = t.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     else:
         scores = q @ k.transpose(2, 3) / math.sqrt(width // heads)
         if causal:
-            scores = scores.masked_fill(t.ones(time, time, dtype=t.bool).triu(1), -math.inf)
+            scores = scores.masked_fill(torch_tensor(~np.tri(time, dtype=bool)), -math.inf)
         mask = dropout_mask(batch * heads * time, time, p, seed).reshape(scores.shape)
-        y = t.softmax(scores, 3) * t.tensor(mask) / (1 - p) @ v
+        y = F.softmax(scores, 3) * torch_tensor(mask) / (1 - p) @ v
     return y.transpose(1, 2).flatten(2)
 
 
-def torch_cross_entropy(t, logits, targets, **options):
-    losses = t.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), t.tensor(targets).reshape(-1), **options)
-    return losses.reshape(targets.shape) if options.get("reduction") == "none" else losses
+def torch_dropout(F, x, p, seed):
+    return x * torch_tensor(flat_mask(tuple(x.shape), p, seed)) / (1 - p)
+
+
+def torch_cross_entropy(F, logits, targets, **options):
+    losses = F.cross_entropy(logits.flatten(0, -2), torch_tensor(targets).flatten(), **options)
+    return losses.reshape(targets.shape) if options["reduction"] == "none" else losses
 
 
 class Case(NamedTuple):
-    """A fused op, PyTorch's name for it, and what is drawn for it. The first word of the name is the op's."""
+    """A fused op, the same in PyTorch, and what is drawn for it. The first word of the name is the op's."""
     name: str
     f: Callable
     torch: Callable
@@ -118,42 +129,45 @@ class Case(NamedTuple):
         """Arrays, and f and PyTorch's f with the options drawn."""
         shapes, options = self.shapes(data.draw, lambda low=1: data.draw(st.integers(low, largest)))
         random = np.random.default_rng(data.draw(st.integers(0, 1000)))
-        arrays = [random.uniform(-2, 2, shape).astype(dtype) for shape in shapes]
+        arrays = [alternating(random, shape).astype(dtype) for shape in shapes]
         return arrays, functools.partial(self.f, **options), functools.partial(self.torch, **options)
 
 
-linear_biased = functools.partial(linear_shapes, bias=True)
+def alternating(random, shape):
+    """Numbers between 0.1 and 2 and, in turn, their likes below 0: no row is so even that it has no scale."""
+    size = math.prod(shape)
+    return (random.uniform(0.1, 2, size) * (-1.0) ** np.arange(size)).reshape(shape)
+
+
+linear_biased, layernorm_biased = (functools.partial(f, bias=True) for f in (linear_shapes, layernorm_shapes))
+linear_gelu, linear_gelu_tanh = (functools.partial(linear, activation=a) for a in ("gelu", "gelu_tanh"))
 CASES = [
-    Case("linear", linear, lambda t, x, w: t.nn.functional.linear(x, w), linear_shapes),
-    Case("linear bias", linear, lambda t, x, w, b: t.nn.functional.linear(x, w, b), linear_biased),
-    Case("linear gelu", functools.partial(linear, activation="gelu"),
-         lambda t, x, w: t.nn.functional.gelu(t.nn.functional.linear(x, w)), linear_shapes),
-    Case("linear bias gelu", functools.partial(linear, activation="gelu"),
-         lambda t, x, w, b: t.nn.functional.gelu(t.nn.functional.linear(x, w, b)), linear_biased),
-    Case("linear gelu_tanh", functools.partial(linear, activation="gelu_tanh"),
-         lambda t, x, w: t.nn.functional.gelu(t.nn.functional.linear(x, w), approximate="tanh"), linear_shapes),
-    Case("linear bias gelu_tanh", functools.partial(linear, activation="gelu_tanh"),
-         lambda t, x, w, b: t.nn.functional.gelu(t.nn.functional.linear(x, w, b), approximate="tanh"), linear_biased),
-    Case("gelu", gelu, lambda t, x: t.nn.functional.gelu(x), anything),
+    Case("linear", linear, lambda F, x, w: F.linear(x, w), linear_shapes),
+    Case("linear bias", linear, lambda F, x, w, b: F.linear(x, w, b), linear_biased),
+    Case("linear gelu", linear_gelu, lambda F, x, w: F.gelu(F.linear(x, w)), linear_shapes),
+    Case("linear bias gelu", linear_gelu, lambda F, x, w, b: F.gelu(F.linear(x, w, b)), linear_biased),
+    Case("linear gelu_tanh", linear_gelu_tanh,
+         lambda F, x, w: F.gelu(F.linear(x, w), approximate="tanh"), linear_shapes),
+    Case("linear bias gelu_tanh", linear_gelu_tanh,
+         lambda F, x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), linear_biased),
+    Case("gelu", gelu, lambda F, x: F.gelu(x), anything),
     Case("gelu tanh", functools.partial(gelu, approximate="tanh"),
-         lambda t, x: t.nn.functional.gelu(x, approximate="tanh"), anything),
-    Case("layernorm", layernorm, lambda t, x, w: t.nn.functional.layer_norm(x, w.shape, w), layernorm_shapes),
-    Case("layernorm bias", layernorm, lambda t, x, w, b: t.nn.functional.layer_norm(x, w.shape, w, b),
-         functools.partial(layernorm_shapes, bias=True)),
+         lambda F, x: F.gelu(x, approximate="tanh"), anything),
+    Case("layernorm", layernorm, lambda F, x, w: F.layer_norm(x, w.shape, w), layernorm_shapes),
+    Case("layernorm bias", layernorm, lambda F, x, w, b: F.layer_norm(x, w.shape, w, b), layernorm_biased),
     Case("layernorm eps", functools.partial(layernorm, eps=0.1),
-         lambda t, x, w: t.nn.functional.layer_norm(x, w.shape, w, eps=0.1), layernorm_shapes),
-    Case("softmax", softmax, lambda t, x, axis: t.softmax(x, axis), axis_shapes),
-    Case("log_softmax", log_softmax, lambda t, x, axis: t.log_softmax(x, axis), axis_shapes),
+         lambda F, x, w: F.layer_norm(x, w.shape, w, eps=0.1), layernorm_shapes),
+    Case("softmax", softmax, lambda F, x, axis: F.softmax(x, axis), axis_shapes),
+    Case("log_softmax", log_softmax, lambda F, x, axis: F.log_softmax(x, axis), axis_shapes),
     Case("attention causal", attention, torch_attention, attention_shapes),
-    Case("attention", functools.partial(attention, causal=False), functools.partial(torch_attention, causal=False),
-         attention_shapes),
+    Case("attention", functools.partial(attention, causal=False),
+         functools.partial(torch_attention, causal=False), attention_shapes),
     Case("attention causal dropout", attention, torch_attention, dropped(attention_shapes)),
     Case("attention dropout", functools.partial(attention, causal=False),
          functools.partial(torch_attention, causal=False), dropped(attention_shapes)),
-    Case("dropout", dropout, lambda t, x, p, seed: x * t.tensor(flat_mask(tuple(x.shape), p, seed)) / (1 - p),
-         dropped(anything)),
+    Case("dropout", dropout, torch_dropout, dropped(anything)),
     Case("embedding", lambda weight, ids: embedding(ids, weight),
-         lambda t, weight, ids: t.nn.functional.embedding(t.tensor(ids.astype(int)), weight), embedding_shapes),
+         lambda F, weight, ids: F.embedding(torch_tensor(ids), weight), embedding_shapes),
     *(Case(f"cross_entropy {reduction}", functools.partial(cross_entropy, reduction=reduction),
            functools.partial(torch_cross_entropy, reduction=reduction), cross_entropy_shapes)
       for reduction in ("mean", "sum", "none")),
@@ -170,13 +184,13 @@ def gradients(f, arrays):
 
 
 def close(ours, theirs, tolerance):
-    """Equal to a tolerance of the largest element."""
+    """Equal to a tolerance of the largest element, or of 0.01 where all has cancelled."""
     assert ours.shape == theirs.shape
-    largest = np.nanmax(np.abs(theirs), initial=1e-30)
+    largest = np.max(np.abs(theirs), initial=0.01, where=np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * largest)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 @cases
 @pytest.mark.parametrize("largest", [1, SMALL, LARGE])
@@ -202,13 +216,12 @@ def test_value_and_gradient_are_the_references(case, largest, dtype, tolerance, 
 @given(data=st.data())
 @settings(max_examples=8)
 def test_value_and_gradient_are_pytorchs(case, largest, dtype, tolerance, data):
-    """PyTorch computes in float64 from the same numbers, so that float32 is held to the truth."""
-    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    functional = pytest.importorskip("torch", reason="PyTorch is the reference").nn.functional
     arrays, f, torch_f = case.draw(data, largest, dtype)
     y, dxs, weights = gradients(f, arrays)
-    inputs = [torch.tensor(x.astype(np.float64), requires_grad=True) for x in arrays]
-    expected = torch_f(torch, *inputs)
-    (expected * torch.tensor(weights.astype(np.float64))).sum().backward()
+    inputs = [torch_tensor(x).requires_grad_() for x in arrays]
+    expected = torch_f(functional, *inputs)
+    (expected * torch_tensor(weights)).sum().backward()
     close(y.numpy(), expected.detach().numpy(), tolerance)
     for dx, x in zip(dxs, inputs, strict=True):
         close(dx.numpy(), x.grad.numpy(), tolerance)
@@ -216,9 +229,9 @@ def test_value_and_gradient_are_pytorchs(case, largest, dtype, tolerance, data):
 
 @cases
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_first_and_second_gradient(case, data):
-    arrays, f, _ = case.draw(data, SMALL)
+    arrays, f, _ = case.draw(data, TINY)
     gradcheck(f, *arrays, name=case.name)
 
 
@@ -264,7 +277,8 @@ def test_only_what_is_needed_is_differentiated(case, data):
     arrays, f, _ = case.draw(data, SMALL)
     _, dxs, weights = gradients(f, arrays)
     for needed, expected in enumerate(dxs):
-        inputs = [Tensor(x, requires_grad=i == needed) if i <= needed else x for i, x in enumerate(arrays)]
+        inputs = [Tensor(x, requires_grad=i == needed) if i <= needed else x
+                  for i, x in enumerate(arrays)]
         dx, = grad(np.sum(f(*inputs) * weights), inputs[needed])
         np.testing.assert_array_equal(dx.numpy(), expected.numpy())
     with no_grad():
@@ -300,16 +314,16 @@ def test_the_table_has_every_fused_op():
 
 
 def test_a_fused_op_without_a_reference_is_an_error_at_import():
-    source = "from minitensor import fused\n@fused({})\ndef double(x):\n    return 2 * x, lambda g: 2 * g\n"
+    source = "@minitensor.fused({})\ndef double(x):\n    return 2 * x, lambda g: 2 * g\n"
     for nothing in ("None", "reference=None", ""):
         with pytest.raises(TypeError, match="reference"):
-            exec(source.format(nothing), {})
-    exec(source.format("lambda x: 2 * x"), {})
-    with pytest.raises(TypeError, match="fused: a fused op names its reference, .*; got None"):
+            exec(source.format(nothing), {"minitensor": minitensor})
+    exec(source.format("lambda x: 2 * x"), {"minitensor": minitensor})
+    with pytest.raises(TypeError, match=r"fused: a fused op names its reference, .*; got None"):
         fused(None)
 
 
-# ---- no rows, no batch, axes of length one --------------------------------------------------------------------------
+# ---- no rows, no batch, axes of length one -----------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rows", [(0, 5), (2, 0, 5), (0, 3, 5), (1, 5), (1, 1, 5)])
@@ -318,7 +332,7 @@ def test_no_rows_and_single_rows(rows, dtype):
     ids = np.zeros(rows[:-1], int)
     for f, arrays, shape in [
         (linear, (x, weight), (*rows[:-1], 4)), (linear, (x, weight, bias[:4]), (*rows[:-1], 4)),
-        (functools.partial(linear, activation="gelu"), (x, weight, bias[:4]), (*rows[:-1], 4)),
+        (linear_gelu, (x, weight, bias[:4]), (*rows[:-1], 4)),
         (gelu, (x,), rows), (layernorm, (x, bias), rows), (layernorm, (x, bias, bias), rows),
         (softmax, (x,), rows), (log_softmax, (x,), rows), (functools.partial(dropout, p=0.5), (x,), rows),
         (functools.partial(embedding, ids), (weight,), (*rows[:-1], 5)),
@@ -327,9 +341,9 @@ def test_no_rows_and_single_rows(rows, dtype):
     ]:
         y, dxs, _ = gradients(f, arrays)
         assert y.shape == shape and y.dtype == dtype
-        for a, dx in zip(arrays, dxs, strict=True):
-            assert dx.shape == a.shape and dx.dtype == dtype
-            assert math.prod(rows) or not dx.numpy().any()      # sums over no rows are zeros
+        assert [dx.shape for dx in dxs] == [array.shape for array in arrays]
+        assert all(dx.dtype == dtype for dx in dxs)
+        assert math.prod(rows) or not any(dx.numpy().any() for dx in dxs)       # sums over no rows are zeros
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (1, 1, 12), (2, 1, 3)])
@@ -354,18 +368,17 @@ def test_cross_entropy_of_no_target_at_all():
         assert cross_entropy(x, targets, reduction="sum").item() == 0
 
 
-# ---- numbers that are hard ------------------------------------------------------------------------------------------
+# ---- numbers that are hard ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_numbers_do_not_overflow(dtype):
     x = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -1e4]], dtype)
-    np.testing.assert_allclose(softmax(x), [[1, 0, 0], [1 / 3] * 3], rtol=1e-6)
-    np.testing.assert_allclose(log_softmax(x), [[0, -1e4, -2e4], [-math.log(3)] * 3], rtol=1e-6)
-    np.testing.assert_allclose(cross_entropy(x, np.array([2, 0]), reduction="none"), [2e4, math.log(3)], rtol=1e-6)
+    close(softmax(x), np.array([[1, 0, 0], [1 / 3] * 3]), 1e-6)
+    close(log_softmax(x), np.array([[0, -1e4, -2e4], [-math.log(3)] * 3]), 1e-6)
+    close(cross_entropy(x, np.array([2, 0]), reduction="none"), np.array([2e4, math.log(3)]), 1e-6)
     for approximate in ("none", "tanh"):
         np.testing.assert_array_equal(gelu(np.array([-1e4, -0.0, 0, 1e4], dtype), approximate), [0, 0, 0, 1e4])
-    for options in ({}, {"activation": "gelu"}):
-        f = functools.partial(linear, **options)
+    for f in (linear, linear_gelu, linear_gelu_tanh):
         y, (dx, _), _ = gradients(f, [x, np.ones((1, 3), dtype)])
         assert np.isfinite(y.numpy()).all() and np.isfinite(dx.numpy()).all()
 
@@ -379,15 +392,18 @@ def test_masked_logits():
     np.testing.assert_allclose(x.grad.numpy(), [[0, -0.5, 0.5]])
 
 
-def test_layernorm_of_equal_numbers_is_the_bias():
-    y, (dx, dweight, dbias), weights = gradients(layernorm, [np.full((2, 4), 3.0), np.ones(4), np.arange(4.0)])
-    np.testing.assert_array_equal(y.numpy(), [np.arange(4.0)] * 2)
+@pytest.mark.parametrize("width", [1, 4])
+def test_layernorm_of_equal_numbers_is_the_bias(width):
+    arrays = [np.full((2, width), 3.0), np.ones(width), np.arange(width) + 1.0]
+    y, (dx, dweight, dbias), weights = gradients(layernorm, arrays)
+    np.testing.assert_array_equal(y.numpy(), arrays[2:] * 2)
     np.testing.assert_array_equal(dweight.numpy(), 0)
     np.testing.assert_allclose(dbias.numpy(), weights.sum(axis=0))
-    assert np.isfinite(dx.numpy()).all()
+    centred = weights - weights.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(dx.numpy(), centred / math.sqrt(1e-5), atol=1e-12)
 
 
-# ---- dropout's seeds ------------------------------------------------------------------------------------------------
+# ---- dropout's seeds ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("f", [
     lambda x: dropout(x, 0.5),
@@ -422,34 +438,37 @@ def test_dropout_keeps_the_mean():
     assert y.mean() == pytest.approx(1, abs=0.01)
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("wrong", "error", "message"), [
-    (lambda x: linear(x, np.ones((4, 5))), ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(4, 5\)"),
-    (lambda x: linear(x, np.ones(6)), ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(6,\)"),
-    (lambda x: linear(x[0, 0], np.ones((4, 6))), ValueError, r"linear: inner sizes differ: x is \(\)"),
-    (lambda x: linear(x, np.ones((4, 6)), np.ones(3)), ValueError, r"bias has shape \(3,\); it must be \(4\)"),
-    (lambda x: linear(x, np.ones((4, 6)), activation="relu"), ValueError, "activation is 'relu'; it must be None,"),
-    (lambda x: linear(x, np.ones((4, 6), np.float32)), TypeError, "linear: float32 and float64 are mixed"),
-    (lambda x: gelu(x, "erf"), ValueError, "gelu: approximate is 'erf'; it must be 'none' or 'tanh'"),
-    (lambda x: layernorm(x, np.ones(5)), ValueError, r"gain has shape \(5,\); it must be \(6\)"),
-    (lambda x: softmax(x, axis=2), ValueError, "axis"),
-    (lambda x: log_softmax(x, axis=-3), ValueError, "axis"),
-    (lambda x: attention(x, 2), ValueError, r"attention: qkv is \(2, 6\); it must be \(B, T, 3C\)"),
-    (lambda x: attention(x[None], 3), ValueError, "with 3 heads dividing C"),
-    (lambda x: attention(x[None], 0), ValueError, "with 0 heads dividing C"),
-    (lambda x: attention(x[None], 2, p=1.0), ValueError, r"p is 1.0; .* must be in \[0, 1\)"),
-    (lambda x: dropout(x, -0.1), ValueError, r"p is -0.1; .* must be in \[0, 1\)"),
-    (lambda x: dropout(x, 1), ValueError, r"p is 1; .* must be in \[0, 1\)"),
-    (lambda x: embedding([0, 2], x), IndexError, "embedding: ids holds 2; it must be in 0 to 1"),
-    (lambda x: embedding([-1], x), IndexError, "embedding: ids holds -1; it must be in 0 to 1"),
-    (lambda x: embedding([0.5], x), TypeError, "embedding: ids is an array of float64; it must hold integers"),
-    (lambda x: cross_entropy(x, [0]), ValueError, r"logits are \(2, 6\), targets are \(1,\); targets.shape must equal"),
-    (lambda x: cross_entropy(x, [0, 6]), IndexError, "targets holds 6; it must be in 0 to 5"),
-    (lambda x: cross_entropy(x, [0, -1]), IndexError, "targets holds -1; it must be in 0 to 5"),
-    (lambda x: cross_entropy(x, [0.0, 1.0]), TypeError, "targets is an array of float64; it must hold integers"),
-    (lambda x: cross_entropy(x, [0, 1], reduction="max"), ValueError, "reduction is 'max'; it must be 'mean', 'sum'"),
+@pytest.mark.parametrize(("error", "message", "wrong"), [
+    (ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(4, 5\)",
+     lambda x: linear(x, np.ones((4, 5)))),
+    (ValueError, r"linear: inner sizes differ: x is \(2, 6\), weight is \(6,\)", lambda x: linear(x, np.ones(6))),
+    (ValueError, r"linear: inner sizes differ: x is \(\)", lambda x: linear(x[0, 0], np.ones((4, 6)))),
+    (ValueError, r"bias has shape \(3,\); it must be \(4\)", lambda x: linear(x, np.ones((4, 6)), np.ones(3))),
+    (ValueError, "linear: activation is 'relu'; it must be None, 'gelu' or 'gelu_tanh'",
+     lambda x: linear(x, np.ones((4, 6)), activation="relu")),
+    (TypeError, "linear: float32 and float64 are mixed", lambda x: linear(x, np.ones((4, 6), np.float32))),
+    (ValueError, "gelu: approximate is 'erf'; it must be 'none' or 'tanh'", lambda x: gelu(x, "erf")),
+    (ValueError, r"gain has shape \(5,\); it must be \(6\)", lambda x: layernorm(x, np.ones(5))),
+    (ValueError, "axis", lambda x: softmax(x, axis=2)),
+    (ValueError, "axis", lambda x: log_softmax(x, axis=-3)),
+    (ValueError, r"attention: qkv is \(2, 6\); it must be \(B, T, 3C\)", lambda x: attention(x, 2)),
+    (ValueError, "with 3 heads dividing C", lambda x: attention(x[None], 3)),
+    (ValueError, "with 0 heads dividing C", lambda x: attention(x[None], 0)),
+    (ValueError, r"p is 1.0; .* must be in \[0, 1\)", lambda x: attention(x[None], 2, p=1.0)),
+    (ValueError, r"p is -0.1; .* must be in \[0, 1\)", lambda x: dropout(x, -0.1)),
+    (ValueError, r"p is 1; .* must be in \[0, 1\)", lambda x: dropout(x, 1)),
+    (IndexError, "embedding: ids holds 2; it must be in 0 to 1", lambda x: embedding([0, 2], x)),
+    (IndexError, "embedding: ids holds -1; it must be in 0 to 1", lambda x: embedding([-1], x)),
+    (TypeError, "embedding: ids is an array of float64; it must hold integers", lambda x: embedding([0.5], x)),
+    (ValueError, r"cross_entropy: logits are \(2, 6\), targets are \(1,\)", lambda x: cross_entropy(x, [0])),
+    (IndexError, "targets holds 6; it must be in 0 to 5", lambda x: cross_entropy(x, [0, 6])),
+    (IndexError, "targets holds -1; it must be in 0 to 5", lambda x: cross_entropy(x, [0, -1])),
+    (TypeError, "targets is an array of float64; it must hold integers", lambda x: cross_entropy(x, [0.0, 1.0])),
+    (ValueError, "reduction is 'max'; it must be 'mean', 'sum' or 'none'",
+     lambda x: cross_entropy(x, [0, 1], reduction="max")),
 ])
-def test_wrong_arguments_are_named(wrong, error, message):
+def test_wrong_arguments_are_named(error, message, wrong):
     with pytest.raises(error, match=message):
         wrong(Tensor(np.ones((2, 6))))
