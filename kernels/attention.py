@@ -12,10 +12,11 @@ For each of H heads of width D, with q, k, v the rows of T tokens and a = 1 / �
                2. ds_ij = p_ij (dp_ij - δ_i),   δ_i = Σ_j p_ij dp_ij = do_i · o_i
                1. dq_i = a Σ_j ds_ij k_j,   dk_j = a Σ_i ds_ij q_i
 
-A task is one head of one sequence. Forward, it takes blocks of queries against blocks of keys, and keeps for
-every query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by exp(m - m').
-Backward, it takes blocks of keys against blocks of queries and makes p again from s and n. Products are register
-tiles on scratch that stays in the second-level cache; tiles that the causal mask hides are skipped.
+A task is one head of one sequence. Forward, it takes blocks of queries against blocks of keys, and keeps
+for every query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by
+exp(m - m'). Backward, it takes blocks of keys against blocks of queries and makes p again from s and n.
+Products are register tiles on scratch that stays in the second-level cache; tiles that the causal mask hides
+are skipped.
 """
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from kernels import memory
 from kernels.check import check
 from kernels.dropout import U32, U64, keep_below, kept, row_key
 from kernels.elementary import exp
-from kernels.jit import helper, kernel, launch, mover
+from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.pack import pack_transposed
 from kernels.simd import ROWS, columns, out_of_line, register_tile, row_max
 
@@ -67,9 +68,9 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
     if dqkv.size:
         tile, padded, keys = _blocks(depth, qkv.dtype)
         rows, key_rows = _round_up(time, QUERIES), _round_up(keys, ROWS)
-        scratch = _scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,), (keys * depth,),
-                           (keys * depth,), (keys, padded), (key_rows, padded), (key_rows, padded),
-                           (QUERIES, key_rows), (QUERIES, key_rows))
+        scratch = _scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
+                           (keys * depth,), (keys * depth,), (keys, padded),
+                           (key_rows, padded), (key_rows, padded), (QUERIES, key_rows), (QUERIES, key_rows))
         launch(_attention_backward, batch * heads, dout.reshape(-1), qkv.reshape(-1), out.reshape(-1),
                norms.reshape(-1, time), dqkv.reshape(-1), heads, depth, causal, _dropout(p, seed, qkv.dtype),
                (tile, padded, keys), scratch)
@@ -80,7 +81,8 @@ def _sizes(name: str, qkv: np.ndarray, heads: int) -> tuple[int, int, int, int]:
     check(name, "qkv", qkv, (None, None, None))
     batch, time, packed = qkv.shape
     if heads < 1 or packed % (3 * heads):
-        raise ValueError(f"{name}: qkv has a last axis of {packed}, which is not 3 x heads x D for {heads} heads")
+        raise ValueError(f"{name}: qkv has a last axis of {packed}, "
+                         f"which is not 3 x heads x D for {heads} heads")
     return batch, time, packed // 3, packed // (3 * heads)
 
 
@@ -89,7 +91,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _blocks(depth: int, dtype: np.dtype) -> tuple[int, int, int]:
-    """The width of a register tile, the head's width in whole tiles, and the keys in a block, in whole tiles."""
+    """The width of a register tile; in whole tiles, the width of a head and the keys in a block."""
     tile = columns(dtype)
     return tile, _round_up(depth, tile), _round_up(48, tile)
 
@@ -100,8 +102,7 @@ def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
 
 def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Arrays of these shapes for each thread."""
-    threads = getattr(numba.config, "NUMBA_NUM_THREADS")          # noqa: B009 (numba sets it at run time)
-    return tuple(memory.empty((threads, *shape), dtype) for shape in shapes)
+    return tuple(memory.empty((max_threads(), *shape), dtype) for shape in shapes)
 
 
 @kernel
@@ -117,8 +118,8 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, s
     """One head of one sequence."""
     limit, kept_scale, seed = dropout
     tile, padded, keys = blocks
-    key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the whole head
-    queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a block of queries
+    key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
+    queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
     tops = scratch[5][thread]                                                             # m and Σ p
     time, width = norms.size, heads * depth
     start = task // heads * time * 3 * width + task % heads * depth
@@ -153,7 +154,7 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, s
 
 @helper
 def weigh(scores, n, tops, i, sums):
-    """p = exp(s - m) for n keys, 0 for the others; m and Σ p of query i go on in tops, earlier sums shrink."""
+    """p = exp(s - m) for n keys, 0 for the others; tops carry m and Σ p of query i, earlier sums shrink."""
     m = max(tops[0, i], row_max(scores, 0, n))
     base = m if m > -math.inf else tops.dtype.type(0)     # scores of -inf alone: exp(s - 0) is 0
     total = tops.dtype.type(0)
@@ -181,8 +182,8 @@ def scale_row(x, scale, to):
 def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, dropout, blocks, scratch, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, dropout, blocks, scratch,
-                      numba.get_thread_id())
+        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, dropout, blocks,
+                      scratch, numba.get_thread_id())
 
 
 @helper
@@ -190,11 +191,11 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropo
     """One head of one sequence."""
     limit, kept_scale, seed = dropout
     tile, padded, keys = blocks
-    queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the whole head
+    queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
     deltas = scratch[3][thread]
     key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
-    dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a block of keys
-    weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a block of queries with it
+    dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a key block
+    weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
     key_rows = weights.shape[1]
     time, width = norms.size, heads * depth
     start = task // heads * time * 3 * width + task % heads * depth
@@ -211,8 +212,8 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropo
         at = start + j0 * 3 * width
         for j in range(0, count, tile):
             for panels, third in ((key_panels, 1), (value_panels, 2)):
-                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j), depth,
-                                panels, j * depth, tile)
+                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j),
+                                depth, panels, j * depth, tile)
         pack_rows(qkv, at + width, 3 * width, count, depth, one, key_block)
         dkeys[:] = 0
         dvalues[:] = 0
@@ -220,10 +221,10 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropo
             rows = min(QUERIES, time - i0)
             diagonal = i0 - j0 if causal else time
             block = i0 * padded
-            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows, rows, count, tile,
-                            diagonal)
-            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows, rows, count, tile,
-                            diagonal)
+            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows,
+                            rows, count, tile, diagonal)
+            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows,
+                            rows, count, tile, diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
@@ -231,7 +232,8 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropo
                 weigh_backward(weights[i], dscores[i], n, norms[i0 + i], deltas[i0 + i])
                 if kept_scale != one:
                     drop(weights[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
-            multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded, rows, count, tile, diagonal)
+            multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded,
+                          rows, count, tile, diagonal)
             multiply_columns(weights, key_rows, douts, block, dvalues, padded, rows, count, tile, diagonal)
             multiply_columns(dscores, key_rows, queries, block, dkeys, padded, rows, count, tile, diagonal)
         unpack_rows(dkeys, count, depth, one, dqkv, at + width, 3 * width)
@@ -258,7 +260,7 @@ def inner(x, y):
     return total
 
 
-# ---- products of a block of queries, i < rows, and of keys, j < count, of which only j <= i + diagonal count ----
+# ---- products of a block of queries, i < rows, and of keys, j < count, of which j <= i + diagonal count ----
 
 @mover
 def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal):
@@ -297,7 +299,7 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
 
 @mover
 def pack_rows(x, start, stride, count, depth, scale, to):
-    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and beyond depth."""
+    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth."""
     out_of_line()
     for i in range(len(to)):
         row = to[i]

@@ -16,20 +16,22 @@ from numba.core import caching
 
 from kernels import cpu
 
-# Not "nnan" and "ninf", which plain fastmath=True implies: masks of -inf and NaN must go where numpy sends them; nor
-# "arcp", which allows an approximate reciprocal that makes NaN of 1 / inf.
+# Not "nnan" and "ninf", which plain fastmath=True implies: masks of -inf and NaN must go where numpy sends
+# them; nor "arcp", which allows an approximate reciprocal that makes NaN of 1 / inf.
 SAFE_MATH = {"contract", "reassoc", "nsz"}
 
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
+_config: Any = numba.config                          # its attributes are set at run time
 
 
 def kernel(body: Callable) -> Any:
     """Compile a parallel kernel: cached on disk, without the GIL, with the safe part of fast math.
 
-    Work is cut by shape and partial sums are added in a fixed order, so that the result has the same bits on any
-    number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a `prange`. Such a body
-    only cuts out the task and calls a helper: numba's analysis of a longer one has been seen to lose an assignment. The
-    index is made signed first: mixed with signed sizes numba would compute in float64, and compile each helper twice.
+    Work is cut by shape and partial sums are added in a fixed order, so that the result has the same bits on
+    any number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a
+    `prange`. Such a body only cuts out the task and calls a helper: numba's analysis of a longer one has been
+    seen to lose an assignment. The index is made signed first: mixed with signed sizes numba would compute in
+    float64, and compile each helper twice.
     """
     dispatcher = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
     _cache(dispatcher)
@@ -39,25 +41,25 @@ def kernel(body: Callable) -> Any:
 def helper(body: Callable) -> Any:
     """Compile a serial function that kernels call; it becomes a part of them and of their cache.
 
-    It is always inlined: of two copies of a function the linker may take either, and they need not round alike.
+    Always inlined: of two copies of a function the linker may take either, and they need not round alike.
     """
     return numba.njit(body, forceinline=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
 
 
 def mover(body: Callable) -> Any:
-    """As `helper`, for code that adds nothing up outside the register tile, so that it need not be inlined."""
+    """As `helper`, for code that adds up only in the register tile, so that it need not be inlined."""
     return numba.njit(body, forceinline=False, nogil=True, fastmath=False, error_model="numpy")
 
 
 def exact(body: Callable) -> Any:
-    """As `helper`, for code whose order of additions carries meaning: no re-association, only contraction."""
+    """As `helper`, for code whose order of additions has a meaning: no re-association, only contraction."""
     return numba.njit(body, forceinline=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 def set_num_threads(n: int) -> None:
-    """Run the kernels that this thread calls on n threads; ValueError beyond what the process was started with."""
-    if not 1 <= n <= numba.config.NUMBA_NUM_THREADS:
-        raise ValueError(f"set_num_threads: n is {n}; this process can use 1 to {numba.config.NUMBA_NUM_THREADS} "
+    """Run the kernels that this thread calls on n threads; ValueError beyond `max_threads()`."""
+    if not 1 <= n <= max_threads():
+        raise ValueError(f"set_num_threads: n is {n}; this process can use 1 to {max_threads()} "
                          "(the environment variable NUMBA_NUM_THREADS raises the limit before the start)")
     numba.set_num_threads(n)
 
@@ -67,10 +69,15 @@ def get_num_threads() -> int:
     return numba.get_num_threads()
 
 
+def max_threads() -> int:
+    """How many threads this process was started with."""
+    return _config.NUMBA_NUM_THREADS
+
+
 def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
     """Run a kernel on its arguments and the number of its tasks, on no more threads than there are tasks.
 
-    A thread without a task would still be waited for, and on a busy machine that wait is long: 5 us become 2 ms.
+    A thread without a task would be waited for too, and on a busy machine that is long: 5 us become 2 ms.
     """
     threads = numba.get_num_threads()
     if tasks >= threads:
@@ -84,7 +91,7 @@ def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
 
 
 def row_tasks(x: np.ndarray) -> int:
-    """How many tasks the rows of x (N, C) are cut into: by shape alone, about 16,000 elements each, 64 at the most."""
+    """How many tasks the rows of x (N, C) make: by shape alone, about 16,000 elements each, at most 64."""
     return max(1, min(64, len(x), x.size >> 14))
 
 
@@ -93,7 +100,7 @@ def flat_tasks(x: np.ndarray) -> int:
     return max(1, min(64, x.size >> 14))
 
 
-# ---- the cache: one folder for one state of all kernel sources, so that no kernel runs stale code -----------------
+# ---- the cache: one folder for one state of all kernel sources, so that no kernel runs stale code ----------
 # numba's own cache sees a change of the file that defines a kernel, but not of the files that it calls.
 
 @functools.cache
@@ -107,11 +114,11 @@ def source_hash() -> str:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: beside the sources, else in the user's cache; None where nothing is writable."""
+    """Where compiled kernels are kept: beside the sources, else in the user's cache, else nowhere: None."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     bases = [Path(__file__).parent / "__pycache__", home / "minitensor"]
-    if numba.config.CACHE_DIR:
-        bases.insert(0, Path(numba.config.CACHE_DIR))
+    if _config.CACHE_DIR:
+        bases.insert(0, Path(_config.CACHE_DIR))
     for base in bases:
         folder = base / f"kernels-{source_hash()}"
         try:
@@ -142,7 +149,7 @@ class _Locator(caching._CacheLocator):
 
 
 class _Implementation(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]        # noqa: RUF012 (numba's own attribute)
+    _locator_classes: list[Any] = [_Locator]        # noqa: RUF012 (numba's own attribute)
 
 
 class _Cache(caching.FunctionCache):

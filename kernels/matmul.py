@@ -2,9 +2,10 @@
 
     y = x Wᵀ          dx = dy W          dW = dyᵀ x
 
-B is copied once into panels as wide as the register tile, so that the tile reads it in order; Aᵀ into panels as high
-as the tile. Blocks of K keep a panel of B in the first-level cache; blocks of rows keep A in the second. Every sum
-over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+B is copied once into panels as wide as the register tile, so that the tile reads it in order; Aᵀ into panels
+as high as the tile. Blocks of K keep a panel of B in the first-level cache; blocks of rows keep A in the
+second. Every sum over K runs in the same order however C is cut up, so the bits do not depend on the number
+of threads.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from kernels.simd import ROWS, columns, register_tile
 
 BLOCK_K = 256               # a panel of B: 256 x 2 vectors of 32 bytes is 16 KB, half of a first-level cache
 BLOCK_N = 4096              # packed B: 256 x 4096 floats is 4 MB, in the last-level cache
-BLOCK_M = 16 * ROWS         # rows of A that a task takes at the most: about 100 x 256 floats, in the second level
+BLOCK_M = 16 * ROWS         # the most rows of A in a task: about 100 x 256 floats, in the second-level cache
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 
@@ -53,7 +54,7 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None,
                    approximate: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what y was before the activation, for its backward.
+    """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what it was before the activation.
 
     approximate: None for no activation (both results are one array), else that of `gelu_forward`.
     """
@@ -64,8 +65,8 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
     before = memory.empty((len(x), len(weight)), x.dtype)
     y = before if approximate is None else memory.empty(before.shape, x.dtype)
     if y.size:
-        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias, None if y is before else y[None],
-                 bool(approximate))
+        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
+                 None if y is before else y[None], bool(approximate))
     return y, before
 
 
@@ -87,13 +88,14 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     panel_size = min(k, BLOCK_K) * width
     packed = memory.empty(len(b) * panels * panel_size, c.dtype)
     none = c[:0]
-    launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b, rows, blocks,
-           chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
+    launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
+           rows, blocks, chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias,
+           none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunks, width, packed, panel_size, bias,
-              activated, approximate, tasks):
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunks, width, packed, panel_size,
+              bias, activated, approximate, tasks):
     m, n = c.shape[1:]
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
@@ -105,17 +107,19 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunk
                 j = n0 + panel * width
                 to = task * panel_size
                 if transpose_b:
-                    pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth, packed, to, width)
+                    pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth,
+                                    packed, to, width)
                 else:
-                    pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth, packed, to, width)
+                    pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth,
+                                 packed, to, width)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
                 i0, i1 = block * rows, min(m, block * rows + rows)
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                multiply_block(a[batch if len(a) > 1 else 0], packed, batch * panels if batch_b > 1 else 0, panel_size,
-                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
+                multiply_block(a[batch if len(a) > 1 else 0], packed, batch * panels if batch_b > 1 else 0,
+                               panel_size, c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
                 if k0 + depth == k and (bias.size or len(activated)):
                     finish_block(c[batch], bias, activated[batch:batch + 1], approximate,
                                  i0, i1, n0 + first * width, min(n, n0 + last * width))
@@ -134,7 +138,8 @@ def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
 
 
 @helper
-def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0, width, first, last, transposed):
+def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0, width, first, last,
+                   transposed):
     """Rows i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
     n, stride = c.shape[1], a.shape[1]
     add = k0 > 0
@@ -153,7 +158,8 @@ def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0,
                 register_tile(packed_a, (i - i0) // ROWS * depth * ROWS, 1, ROWS, packed, b, width,
                               out, start, row, depth, add and whole)
             else:
-                register_tile(a, i * stride + k0, stride, 1, packed, b, width, out, start, row, depth, add and whole)
+                register_tile(a, i * stride + k0, stride, 1, packed, b, width,
+                              out, start, row, depth, add and whole)
             if not whole:
                 for r in range(min(ROWS, i1 - i)):
                     for s in range(min(width, n - j)):

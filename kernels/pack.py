@@ -1,6 +1,7 @@
 """Copies of operands into the order in which the register tile reads them.
 
-A panel of B is as wide as the tile: for each k its columns side by side. A panel of A is as high: for each k its rows.
+A panel of B is as wide as the tile: for each k its columns side by side. A panel of A is as high: for each k
+its rows.
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from kernels.simd import ROWS, copy_columns, out_of_line, transpose_block
 
 @mover
 def pack_columns(x, start, stride, count, depth, to, to_start, width):
-    """A panel of B from rows of k: to[p, j] = x_p[j] for j < count, else 0; x_p is x from start + p stride on."""
+    """A panel of B from rows of k: to[p, j] = x_p[j] if j < count else 0; x_p is x from start + p stride."""
     out_of_line()
     if count == width:
         for p in range(depth):
@@ -25,7 +26,7 @@ def pack_columns(x, start, stride, count, depth, to, to_start, width):
 
 @mover
 def pack_transposed(x, start, stride, count, depth, to, to_start, width):
-    """A panel of B from columns: to[p, j] = x_j[p] for j < count, else 0; x_j is x from start + j stride on."""
+    """A panel of B from columns: to[p, j] = x_j[p] if j < count else 0; x_j is x from start + j stride."""
     out_of_line()
     lanes = width // 2
     squares = depth // lanes * lanes if count == width else 0

@@ -1,8 +1,9 @@
 """The engine: a Tensor, the decorator that records an op, and the walk back.
 
-An op is one function written in array language: it returns its value and its vjp (vector-Jacobian product), which
-pulls a gradient of the value back to the inputs. Run on ndarrays the body is fast; under `create_graph=True` the
-walk runs the same body on Tensors, so that the gradient is itself a graph and can be differentiated again.
+An op is one function written in array language: it returns its value and its vjp (vector-Jacobian product),
+which pulls a gradient of the value back to the inputs. Run on ndarrays the body is fast; under
+`create_graph=True` the walk runs the same body on Tensors, so that the gradient is itself a graph and can be
+differentiated again.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
-_np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors, not arrays
+_np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors
 _serial = itertools.count()
 
 
@@ -62,14 +63,16 @@ class Node:
 class Tensor:
     """An array of float32 or float64 that remembers which op made it.
 
-    data: a float32 or float64 ndarray is shared, not copied; Python numbers, lists, integers and booleans become
-    float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other dtype.
+    data: a float32 or float64 ndarray is shared, not copied; Python numbers, lists, integers and booleans
+    become float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other
+    dtype.
     """
     __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None):
         if isinstance(data, Tensor):
-            raise TypeError("Tensor: data is already a Tensor; use t.detach() to share its values outside the graph")
+            raise TypeError("Tensor: data is already a Tensor; "
+                            "use t.detach() to share its values outside the graph")
         array = np.asarray(data)
         if dtype is None:
             given_as_array = isinstance(data, (np.ndarray, np.generic)) and array.dtype.kind == "f"
@@ -82,7 +85,7 @@ class Tensor:
         self.grad: Tensor | None = None
         self.node: Node | None = None
 
-    # ---- what it is ----------------------------------------------------------------------------------------------
+    # ---- what it is ----------------------------------------------------------------------------------------
     shape = property(lambda self: self.data.shape, doc="The length of each axis.")
     ndim = property(lambda self: self.data.ndim, doc="The number of axes.")
     size = property(lambda self: self.data.size, doc="The number of elements.")
@@ -100,7 +103,8 @@ class Tensor:
     def item(self) -> float:
         """The only element, as a Python float; ValueError if there are more or none."""
         if self.size != 1:
-            raise ValueError(f"item: the tensor has shape {self.shape}; only one with a single element has an item")
+            raise ValueError(f"item: the tensor has shape {self.shape}; "
+                             "only one with a single element has an item")
         return self.data.item()
 
     def detach(self) -> Tensor:
@@ -137,12 +141,12 @@ class Tensor:
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else repr(self)
 
-    # ---- gradients -----------------------------------------------------------------------------------------------
+    # ---- gradients -----------------------------------------------------------------------------------------
     def backward(self, gradient: Any = None, retain_graph: bool = False, create_graph: bool = False) -> None:
-        """Add d self / d leaf to `.grad` of every leaf tensor that requires a gradient, and release the graph.
+        """Add d self / d leaf to `.grad` of every leaf that requires a gradient, and release the graph.
 
-        gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph for
-        another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
+        gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph
+        for another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
         """
         for leaf, g, owned in _walk(self, gradient, (), retain_graph, create_graph):
             if leaf.grad is None:
@@ -152,26 +156,27 @@ class Tensor:
             else:
                 leaf.grad.data += g
 
-    # ---- numpy's own protocols -------------------------------------------------------------------------------------
+    # ---- numpy's own protocols -----------------------------------------------------------------------------
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if method != "__call__" or options or ufunc not in NUMPY:
             name = ufunc.__name__ + ("" if method == "__call__" else f".{method}")
-            raise TypeError(f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''} has no op that can "
-                            "be differentiated; use t.numpy() to compute outside the graph, or write it with "
-                            "minitensor.op")
+            raise TypeError(f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''} has no op "
+                            "that can be differentiated; use t.numpy() to compute outside the graph, "
+                            "or write it with minitensor.op")
         return NUMPY[ufunc](*inputs)
 
     def __array_function__(self, function: Callable, types: Any, args: Any, options: Any) -> Any:
         if function not in NUMPY:
-            raise TypeError(f"{function.__module__}.{function.__name__} has no op that can be differentiated; "
-                            "use t.numpy() to compute outside the graph, or write it with minitensor.op")
+            raise TypeError(f"{function.__module__}.{function.__name__} has no op "
+                            "that can be differentiated; use t.numpy() to compute outside the graph, "
+                            "or write it with minitensor.op")
         return NUMPY[function](*args, **options)
 
     def __array__(self, *args: Any, **options: Any) -> np.ndarray:
         raise TypeError("a Tensor does not turn into an array by itself, as the gradient would be lost; "
                         "use t.numpy() for its values")
 
-    # ---- operators and methods: numpy's, by numpy's functions --------------------------------------------------------
+    # ---- operators and methods: numpy's, by numpy's functions ----------------------------------------------
     __hash__ = object.__hash__
     __eq__ = object.__eq__
     __ne__ = object.__ne__
@@ -195,8 +200,8 @@ class Tensor:
     def __rmatmul__(self, y: Any) -> Tensor: return _np.matmul(y, self)
     def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index)
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new one with "
-                        "np.where or np.concatenate, or change t.data, which is outside the graph")
+        raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new "
+                        "one with np.where or np.concatenate, or change t.data, which is outside the graph")
 
     def sum(self, axis=None, keepdims=False) -> Tensor: return _np.sum(self, axis=axis, keepdims=keepdims)
     def mean(self, axis=None, keepdims=False) -> Tensor: return _np.mean(self, axis=axis, keepdims=keepdims)
@@ -210,7 +215,8 @@ class Tensor:
     def argmin(self, axis=None) -> np.ndarray: return np.argmin(self.data, axis=axis)
     def reshape(self, *shape) -> Tensor: return _np.reshape(self, shape[0] if len(shape) == 1 else shape)
     def ravel(self) -> Tensor: return _np.reshape(self, -1)
-    def transpose(self, *axes) -> Tensor: return _np.transpose(self, axes[0] if len(axes) == 1 else axes or None)
+    def transpose(self, *axes) -> Tensor:
+        return _np.transpose(self, axes[0] if len(axes) == 1 else axes or None)
     def swapaxes(self, a: int, b: int) -> Tensor: return _np.swapaxes(self, a, b)
     def squeeze(self, axis=None) -> Tensor: return _np.squeeze(self, axis=axis)
     def repeat(self, repeats, axis=None) -> Tensor: return _np.repeat(self, repeats, axis=axis)
@@ -234,14 +240,15 @@ def implements(*numpy_functions: Callable) -> Callable:
 def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callable:
     """Make a recorded op of a body `(*inputs, **options) -> value, vjp`.
 
-    The body is written in array language, so that it runs on ndarrays and on Tensors. vjp is one function of the
-    gradient for each input, as a tuple (only those that somebody needs are called; a bare function for a single
-    input), or one function that returns the gradients of all inputs as a tuple. A gradient may have the shape that
-    broadcasting gave its input: the walk sums it down. The op answers for `numpy_functions`, and called with no
-    Tensor at all it is a plain function of arrays.
+    The body is written in array language, so that it runs on ndarrays and on Tensors. vjp is one function of
+    the gradient for each input, as a tuple (only those that somebody needs are called; a bare function for a
+    single input), or one function that returns the gradients of all inputs as a tuple. A gradient may have
+    the shape that broadcasting gave its input: the walk sums it down. The op answers for `numpy_functions`,
+    and called with no Tensor at all it is a plain function of arrays.
 
-    reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and under
-    `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of its own making.
+    reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and
+    under `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of
+    its own making.
     """
     elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
 
@@ -265,7 +272,8 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
             result = Tensor.__new__(Tensor)
             result.data = value if type(value) is np.ndarray else np.asarray(value)
             result.grad = result.node = None
-            result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad
+                                                            for x in inputs)
             if result.requires_grad:
                 result.node = Node(recorded, inputs, options, vjp)
             return result
@@ -278,22 +286,24 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
 def fused(reference: Callable) -> Callable:
     """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
     if not callable(reference):
-        raise TypeError(f"fused: a fused op names its reference, a function of primitive ops; got {reference!r}")
+        raise TypeError("fused: a fused op names its reference, a function of primitive ops; "
+                        f"got {reference!r}")
     return op(reference=reference)
 
 
-def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None, retain_graph: bool | None = None,
-         create_graph: bool = False) -> tuple[Tensor, ...]:
+def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None,
+         retain_graph: bool | None = None, create_graph: bool = False) -> tuple[Tensor, ...]:
     """d output / d input for each of the inputs, as Tensors of their shapes; `.grad` is left alone.
 
     inputs: leaves or tensors on the way. gradient: d loss / d output; may be left out for a scalar output.
-    create_graph: make the results differentiable again (keeps the graph). An input that output does not depend on
-    gets zeros.
+    create_graph: make the results differentiable again (keeps the graph). An input that output does not
+    depend on gets zeros.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     for x in inputs:
         if not x.requires_grad:
-            raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, so nothing was recorded of it")
+            raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, "
+                             "so nothing was recorded of it")
     found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, bool(retain_graph), create_graph)}
     results = (found.get(id(x), np.zeros_like(x.data)) for x in inputs)
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
@@ -303,8 +313,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
           create_graph: bool) -> list[tuple[Tensor, Any, bool]]:
     """Pull the gradient of output back: (tensor, gradient, owned) for every leaf and every wanted tensor.
 
-    Nodes are visited in descending order of their serial numbers, so a node has all of its gradient when its turn
-    comes. Nothing is written into an array unless it is owned: made by the walk itself, or by a fused op's kernel.
+    Nodes are visited in descending order of their serial numbers, so a node has all of its gradient when its
+    turn comes. Nothing is written into an array unless it is owned: made by the walk itself, or by a fused
+    op's kernel.
     """
     if not output.requires_grad:
         raise ValueError("backward: the tensor does not depend on any tensor with requires_grad=True")
@@ -335,8 +346,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             node = x.node
             assert node is not None
             if node.vjp is None:
-                raise RuntimeError(f"backward: the graph below op '{node.op.__name__}' was released by an earlier "
-                                   "backward(); pass retain_graph=True to the first one to walk it twice")
+                raise RuntimeError(f"backward: the graph below op '{node.op.__name__}' was released "
+                                   "by an earlier backward(); pass retain_graph=True to the first one "
+                                   "to walk it twice")
             inputs, vjp, reference = node.inputs, node.vjp, node.op.reference   # type: ignore[attr-defined]
             if create_graph and reference is not None:
                 with unfused():
@@ -357,8 +369,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                     if gx.shape != x.shape:
                         gx = _unbroadcast(gx, x.shape, node.op.__name__)
                     if gx.dtype != x.dtype:
-                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave a {gx.dtype} gradient for a "
-                                        f"{x.dtype} input; keep Python scalars as they are, and convert constant arrays")
+                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave a {gx.dtype} "
+                                        f"gradient for a {x.dtype} input; keep Python scalars as they are, "
+                                        "and convert constant arrays")
                     send(x, gx, reference is not None)
     found.extend(entry for entry in pending.values())
     return found
@@ -367,8 +380,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
 def _seed(output: Tensor, gradient: Any) -> Tensor:
     if gradient is None:
         if output.size != 1:
-            raise ValueError(f"backward: the tensor has shape {output.shape}, and only a scalar's gradient can be left "
-                             f"out; reduce it first, as in t.sum(), or pass gradient= of shape {output.shape}")
+            raise ValueError(f"backward: the tensor has shape {output.shape}, and only a scalar's gradient "
+                             "can be left out; reduce it first, as in t.sum(), "
+                             f"or pass gradient= of shape {output.shape}")
         return Tensor(np.ones_like(output.data))
     gradient = gradient if isinstance(gradient, Tensor) else Tensor(np.asarray(gradient, dtype=output.dtype))
     if gradient.shape != output.shape or gradient.dtype != output.dtype:
@@ -383,18 +397,19 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
     axes = tuple(i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1))
     kept = tuple(1 if i in axes else n for i, n in enumerate(g.shape))[max(extra, 0):]
     if extra < 0 or kept != shape:
-        raise ValueError(f"backward: the vjp of '{name}' gave a gradient of shape {g.shape} for an input of shape {shape}")
+        raise ValueError(f"backward: the vjp of '{name}' gave a gradient of shape {g.shape} "
+                         f"for an input of shape {shape}")
     return np.reshape(np.sum(g, axis=axes), shape)
 
 
 def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
-    """The dtype of the Tensors among inputs (None where there is no Tensor); TypeError if floats are mixed."""
+    """The dtype of the Tensors among inputs (None if there is no Tensor); TypeError if floats are mixed."""
     dtype = next((x.data.dtype for x in inputs if isinstance(x, Tensor)), None)
     if dtype is not None:
         for position, x in enumerate(inputs):
             if isinstance(x, (Tensor, np.ndarray)) and x.dtype != dtype and x.dtype.kind == "f":
-                raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {x.dtype}, another is "
-                                f"{dtype}; convert one with .astype(np.{dtype})")
+                raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {x.dtype}, "
+                                f"another is {dtype}; convert one with .astype(np.{dtype})")
     return dtype
 
 
@@ -402,5 +417,6 @@ def _weak(x: Any, dtype: np.dtype) -> Any:
     """An operand that is not a Tensor takes the Tensor's dtype, as a Python scalar does."""
     array = np.asarray(x)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"a {type(x).__name__} of dtype {array.dtype} cannot be combined with a {dtype} Tensor")
+        raise TypeError(f"a {type(x).__name__} of dtype {array.dtype} cannot be combined "
+                        f"with a {dtype} Tensor")
     return float(array) if array.ndim == 0 else array.astype(dtype, copy=False)

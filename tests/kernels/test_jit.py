@@ -208,5 +208,7 @@ def test_number_of_threads():
             with pytest.raises(ValueError, match=f"set_num_threads: n is {n}; .* 1 to {limit}"):
                 kernels.set_num_threads(n)
         assert kernels.get_num_threads() == limit
+        kernels.sum_of_squares(np.ones(3, np.float32))   # has work for one thread alone
+        assert kernels.get_num_threads() == limit
     finally:
         kernels.set_num_threads(before)

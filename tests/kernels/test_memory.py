@@ -191,3 +191,24 @@ def test_a_loop_of_all_kernels_comes_to_need_no_new_memory():
         for case in CASES:
             case(np.float32)
             assert memory.free_bytes() == free, case.__name__
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_kernels_stay_inside_their_memory_and_do_not_read_what_was_there(case, dtype, monkeypatch):
+    """All they get is full of NaN, and lies between other bytes."""
+    expected = [x.tobytes() for x in case(dtype)]
+    blocks = []
+
+    def surrounded(shape, dtype=np.float32):
+        size = np.empty(shape, dtype).nbytes
+        block = np.full(size + 512, 0xFF, np.uint8)
+        start = 256 - address(block) % 64
+        blocks.append((block, start, start + size))
+        return block[start:start + size].view(dtype).reshape(shape)
+
+    monkeypatch.setattr(memory, "empty", surrounded)
+    assert [x.tobytes() for x in case(dtype)] == expected
+    for block, start, end in blocks:
+        assert (block[:start] == 0xFF).all() and (block[end:] == 0xFF).all()
+    assert blocks or case.__name__ == "adamw"                # which writes into what it is given

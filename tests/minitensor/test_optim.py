@@ -1,0 +1,188 @@
+"""Optimizers, clipping and the schedule, against torch.optim over ten steps."""
+import numpy as np
+import pytest
+
+from minitensor.optim import SGD, AdamW, clip_grad_norm, grad_norm, warmup_cosine
+from minitensor.tensor import Tensor
+
+SHAPES = [(5, 3), (3,), (), (2, 3, 4), (1, 1)]
+dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-5)],
+                                 ids=["float64", "float32"])
+WITH_TORCH = {"reason": "PyTorch is the reference"}
+
+
+def arrays(seed, dtype, scale=1.0):
+    random = np.random.default_rng(seed)
+    return [(scale * random.standard_normal(shape)).astype(dtype) for shape in SHAPES]
+
+
+def parameters(dtype=np.float64):
+    return [Tensor(x, requires_grad=True) for x in arrays(0, dtype)]
+
+
+def torch_parameters(torch, dtype):
+    return [torch.tensor(x, requires_grad=True) for x in arrays(0, dtype)]
+
+
+def give_gradients(ours, theirs, torch, step, dtype):
+    """The same gradients to both sides: of very different sizes, and some steps of zeros."""
+    scale = [1.0, 1e-3, 0.0, 30.0][step % 4]
+    for p, q, g in zip(ours, theirs, arrays(1 + step, dtype, scale), strict=True):
+        p.grad, q.grad = Tensor(g.copy()), torch.tensor(g)
+
+
+def assert_alike(ours, theirs, tolerance):
+    """Equal, Tensors or torch's, to a tolerance of each one's largest element."""
+    for p, q in zip(ours, theirs, strict=True):
+        found, expected = p.numpy(), q.detach().numpy()
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
+
+
+# ---- ten steps beside torch.optim --------------------------------------------------------------------------
+
+@dtypes
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs(momentum, dtype, tolerance):
+    torch = pytest.importorskip("torch", **WITH_TORCH)
+    ours, theirs = parameters(dtype), torch_parameters(torch, dtype)
+    optimizer = SGD(ours, lr=0.1, momentum=momentum)
+    torch_optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=momentum)
+    for step in range(10):
+        give_gradients(ours, theirs, torch, step, dtype)
+        optimizer.step()
+        torch_optimizer.step()
+        assert_alike(ours, theirs, tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize("options", [
+    {}, {"weight_decay": 0.0}, {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3},
+])
+def test_adamw_is_torchs_with_decay_on_matrices_only(options, dtype, tolerance):
+    torch = pytest.importorskip("torch", **WITH_TORCH)
+    ours, theirs = parameters(dtype), torch_parameters(torch, dtype)
+    optimizer = AdamW(ours, **options)
+    decay = options.get("weight_decay", 0.01)
+    groups = [{"params": [p for p in theirs if p.ndim > 1], "weight_decay": decay},
+              {"params": [p for p in theirs if p.ndim <= 1], "weight_decay": 0.0}]
+    torch_optimizer = torch.optim.AdamW(groups, **{**options, "weight_decay": decay})
+    for step in range(10):
+        give_gradients(ours, theirs, torch, step, dtype)
+        optimizer.lr *= 0.9
+        for group in torch_optimizer.param_groups:
+            group["lr"] *= 0.9
+        assert optimizer.step() is None
+        torch_optimizer.step()
+        assert_alike(ours, theirs, tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clip_grad_norm_is_torchs(max_norm, dtype, tolerance):
+    torch = pytest.importorskip("torch", **WITH_TORCH)
+    ours, theirs = parameters(dtype), torch_parameters(torch, dtype)
+    give_gradients(ours, theirs, torch, 0, dtype)
+    ours.append(Tensor(1.0, requires_grad=True))                    # without a gradient: it does not count
+    norm = clip_grad_norm(ours, max_norm)
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=tolerance)
+    assert_alike([p.grad for p in ours[:-1]], [q.grad for q in theirs], tolerance)
+    assert ours[-1].grad is None
+    assert grad_norm(ours) == pytest.approx(min(norm, max_norm), rel=1e-5)
+
+
+# ---- AdamW's own clipping ----------------------------------------------------------------------------------
+
+@dtypes
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_max_norm_is_clipping_and_then_a_step(max_norm, dtype, tolerance):
+    together, apart = parameters(dtype), parameters(dtype)
+    first, second = AdamW(together, lr=0.01, max_norm=max_norm), AdamW(apart, lr=0.01)
+    for step in range(10):
+        for p, q, g in zip(together, apart, arrays(1 + step, dtype), strict=True):
+            p.grad, q.grad = Tensor(g.copy()), Tensor(g.copy())
+        assert first.step() == clip_grad_norm(apart, max_norm)
+        second.step()
+        assert_alike(together, apart, tolerance)
+        for p, g in zip(together, arrays(1 + step, dtype), strict=True):
+            np.testing.assert_array_equal(p.grad.numpy(), g)        # clipped on the way, not in place
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: SGD(ps, lr=0.1), lambda ps: SGD(ps, lr=0.1, momentum=0.9),
+    lambda ps: AdamW(ps), lambda ps: AdamW(ps, max_norm=1.0),
+], ids=["SGD", "SGD momentum", "AdamW", "AdamW max_norm"])
+def test_parameters_without_a_gradient_are_skipped(make):
+    used, unused = parameters()[:2]
+    alone, before = Tensor(used.data.copy(), requires_grad=True), unused.data.copy()
+    optimizer, optimizer_alone = make([unused, used]), make([alone])
+    for step in range(3):
+        used.grad, alone.grad = (Tensor(arrays(step, np.float64)[0]) for _ in range(2))
+        optimizer.step()
+        optimizer_alone.step()
+    np.testing.assert_array_equal(unused.data, before)
+    np.testing.assert_array_equal(used.data, alone.data)
+    optimizer.zero_grad()
+    assert used.grad is None
+
+
+def test_steps_are_taken_in_place():
+    """Whoever holds the array of a parameter, such as a state_dict, sees the step."""
+    for make in (SGD, AdamW):
+        p = Tensor(np.ones((2, 2)), requires_grad=True)
+        array = p.data
+        np.sum(p * p).backward()
+        make([p], lr=0.5).step()
+        assert p.data is array and np.all(array != 1)
+
+
+def test_a_gradient_in_another_layout_counts_the_same():
+    plain, turned = (Tensor(np.ones((2, 3)), requires_grad=True) for _ in range(2))
+    g = np.arange(6.0).reshape(2, 3)
+    plain.grad, turned.grad = Tensor(g), Tensor(np.asfortranarray(g))
+    assert clip_grad_norm([plain], 1.0) == clip_grad_norm([turned], 1.0)
+    for p in (plain, turned):
+        AdamW([p], max_norm=0.5).step()
+    np.testing.assert_array_equal(plain.numpy(), turned.numpy())
+
+
+def test_the_norm_of_huge_gradients_does_not_overflow():
+    p = Tensor(np.ones(4, np.float32), requires_grad=True)
+    p.grad = Tensor(np.full(4, 1e30, np.float32))
+    assert clip_grad_norm([p], 2.0) == pytest.approx(2e30)
+    np.testing.assert_allclose(p.grad.numpy(), 1, rtol=1e-6)
+
+
+def test_descent_reaches_the_minimum():
+    for make in (lambda p: SGD([p], lr=0.1, momentum=0.5), lambda p: AdamW([p], lr=0.1, weight_decay=0.0)):
+        p = Tensor(np.array([3.0, -2.0]), requires_grad=True)
+        optimizer = make(p)
+        for _ in range(300):
+            optimizer.zero_grad()
+            np.sum((p - np.array([1.0, 2.0])) ** 2).backward()
+            optimizer.step()
+        np.testing.assert_allclose(p.numpy(), [1, 2], atol=1e-3)
+
+
+def test_no_parameters_is_an_error():
+    for make in (SGD, AdamW):
+        with pytest.raises(ValueError, match=f"{make.__name__}: there are no parameters"):
+            make([], lr=0.1)
+
+
+# ---- the schedule ------------------------------------------------------------------------------------------
+
+def test_warmup_cosine_at_its_corners():
+    def lr(step, warmup=10):
+        return warmup_cosine(step, steps=110, warmup=warmup, lr=1.0, min_lr=0.1)
+    assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11)
+    assert lr(10) == 1.0
+    assert lr(35) == pytest.approx(0.1 + 0.9 * (1 + np.sqrt(0.5)) / 2)
+    assert lr(60) == pytest.approx(0.55)
+    assert lr(110) == lr(111) == lr(10_000) == pytest.approx(0.1)
+    assert lr(0, warmup=0) == 1.0 and lr(55, warmup=0) == pytest.approx(0.55)
+    for edge in (109, 110, 200):                                    # a warm-up as long as the run
+        assert 0 < lr(109, warmup=edge) <= 1
+    rates = [lr(step) for step in range(111)]
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
