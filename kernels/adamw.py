@@ -24,6 +24,11 @@ def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second
     check("adamw", "parameter", parameter)
     for name, array in (("gradient", gradient), ("first", first), ("second", second)):
         check("adamw", name, array, parameter.shape, like=parameter)
+    for name, array in (("parameter", parameter), ("first", first), ("second", second)):
+        if not array.flags.writeable:
+            raise ValueError(f"adamw: {name} is read-only; it is updated in place, so pass a copy")
+    if step < 1:
+        raise ValueError(f"adamw: step is {step}; steps are counted from 1")
     real = parameter.dtype.type
     root = math.sqrt(1 - beta2**step)
     launch(_adamw, flat_tasks(parameter), *(x.reshape(-1) for x in (parameter, gradient, first, second)),

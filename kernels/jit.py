@@ -4,7 +4,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,19 +117,30 @@ def source_hash() -> str:
 @functools.cache
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept: beside the sources, else in the user's cache, else nowhere: None."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    bases = [Path(__file__).parent / "__pycache__", home / "minitensor"]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    bases = [Path(__file__).parent / "__pycache__"]
+    if os.path.isabs(user):                          # not so for a user without a home
+        bases.append(Path(user) / "minitensor")
     if _config.CACHE_DIR:
         bases.insert(0, Path(_config.CACHE_DIR))
     for base in bases:
         folder = base / f"kernels-{source_hash()}"
         try:
+            if not folder.exists():
+                _remove_old(base)
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError:
             continue
         return folder
     return None
+
+
+def _remove_old(base: Path) -> None:
+    """Remove what earlier states of the sources compiled, unless another process may just be using it."""
+    for folder in base.glob("kernels-*"):
+        if folder.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Locator(caching._CacheLocator):

@@ -21,9 +21,9 @@ from kernels.jit import helper, kernel, launch
 from kernels.pack import pack_columns, pack_panel_of_a, pack_transposed
 from kernels.simd import ROWS, columns, register_tile
 
-BLOCK_K = 256               # a panel of B: 256 x 2 vectors of 32 bytes is 16 KB, half of a first-level cache
-BLOCK_N = 4096              # packed B: 256 x 4096 floats is 4 MB, in the last-level cache
-BLOCK_M = 16 * ROWS         # the most rows of A in a task: about 100 x 256 floats, in the second-level cache
+BLOCK_K = 384               # a panel of B: 384 x 2 vectors of 32 bytes is 24 KB of a 32 KB first-level cache
+BLOCK_N = 4096              # packed B: 384 x 4096 floats is 6 MB, in the last-level cache
+BLOCK_M = 16 * ROWS         # the most rows of A in a task: about 100 x 384 floats, in the second-level cache
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 
@@ -33,23 +33,29 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
 
     Leading axes are broadcast. Both arrays C-contiguous, both float32 or both float64.
     """
+    for name, x in (("a", a), ("b", b)):
+        check("matmul", name, x)
+        if x.ndim < 2:
+            raise ValueError(f"matmul: {name} has shape {x.shape}; it must have two axes or more")
+    check("matmul", "b", b, like=a)
     m, k = a.shape[-2:] if not transpose_a else a.shape[:-3:-1]
     k_b, n = b.shape[-2:] if not transpose_b else b.shape[:-3:-1]
     if k != k_b:
         raise ValueError(f"matmul: inner sizes differ: a is {a.shape}{' transposed' * transpose_a}, "
                          f"b is {b.shape}{' transposed' * transpose_b}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"matmul: a is {a.dtype}, b is {b.dtype}; they must be alike")
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if a.ndim > 2 and a.shape[:-2] != batch:
-        a = np.broadcast_to(a, batch + a.shape[-2:])
-    if b.ndim > 2 and b.shape[:-2] != batch:
-        b = np.broadcast_to(b, batch + b.shape[-2:])
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
-        a, b = (np.ascontiguousarray(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (a, b))
+        a, b = _flat_batch(a, batch), _flat_batch(b, batch)
         _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b)
     return c
+
+
+def _flat_batch(x: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
+    """x as (1, ., .), if it is one matrix for the whole batch, else as (count, ., .)."""
+    if math.prod(x.shape[:-2]) not in (1, math.prod(batch)):
+        x = np.broadcast_to(x, batch + x.shape[-2:]).copy()
+    return x.reshape(-1, *x.shape[-2:]) if x.size else np.zeros((1, *x.shape[-2:]), x.dtype)
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None,
@@ -82,21 +88,20 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     panels = -(-min(n, BLOCK_N) // width)
     wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
     blocks = max(-(-m // BLOCK_M), min(-(-m // ROWS), wanted))
-    rows = -(-m // (blocks * ROWS)) * ROWS
-    blocks = -(-m // rows)
     chunks = max(1, min(panels, wanted // blocks))
     panel_size = min(k, BLOCK_K) * width
     packed = memory.empty(len(b) * panels * panel_size, c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           rows, blocks, chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias,
+           blocks, chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias,
            none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunks, width, packed, panel_size,
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, blocks, chunks, width, packed, panel_size,
               bias, activated, approximate, tasks):
     m, n = c.shape[1:]
+    height = (m + ROWS - 1) // ROWS                 # in register tiles
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), BLOCK_K):
@@ -116,7 +121,7 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, rows, blocks, chunk
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
-                i0, i1 = block * rows, min(m, block * rows + rows)
+                i0, i1 = height * block // blocks * ROWS, min(m, height * (block + 1) // blocks * ROWS)
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
                 multiply_block(a[batch if len(a) > 1 else 0], packed, batch * panels if batch_b > 1 else 0,
                                panel_size, c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
@@ -152,15 +157,19 @@ def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0,
         j = n0 + panel * width
         b = (first_panel + panel) * panel_size
         for i in range(i0, i1, ROWS):
-            whole = i + ROWS <= i1 and j + width <= n
-            out, start, row = (c, i * n + j, n) if whole else (edge, 0, width)
-            if transposed or i + ROWS > i1:
-                register_tile(packed_a, (i - i0) // ROWS * depth * ROWS, 1, ROWS, packed, b, width,
-                              out, start, row, depth, add and whole)
+            p = (i - i0) // ROWS * depth * ROWS
+            if i + ROWS <= i1 and j + width <= n:           # spelt out: to choose arrays is slow
+                if transposed:
+                    register_tile(packed_a, p, 1, ROWS, packed, b, width, c, i * n + j, n, depth, add)
+                else:
+                    at = i * stride + k0
+                    register_tile(a, at, stride, 1, packed, b, width, c, i * n + j, n, depth, add)
             else:
-                register_tile(a, i * stride + k0, stride, 1, packed, b, width,
-                              out, start, row, depth, add and whole)
-            if not whole:
+                if transposed or i + ROWS > i1:
+                    register_tile(packed_a, p, 1, ROWS, packed, b, width, edge, 0, width, depth, False)
+                else:
+                    at = i * stride + k0
+                    register_tile(a, at, stride, 1, packed, b, width, edge, 0, width, depth, False)
                 for r in range(min(ROWS, i1 - i)):
                     for s in range(min(width, n - j)):
                         c[i + r, j + s] = edge[r, s] + (c[i + r, j + s] if add else 0)

@@ -111,6 +111,7 @@ def _tile_function(module, real):
     zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
+    _prefetch_for_writing(module, build, rows_of_c)
     places = [(i, j) for i in range(ROWS) for j in range(2)]
     build.cbranch(add, load, head)
 
@@ -220,6 +221,17 @@ def copy_columns(typing, x, x_start, to, to_start):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _prefetch_for_writing(module, build, addresses):
+    """Ask for the lines of C before the loop: asked for by the stores after it, each would be waited for."""
+    byte = ir.IntType(8).as_pointer()
+    prefetch = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
+    for address in addresses:
+        for line in range(0, 2 * TARGET.vector_bytes, 64):
+            at = build.gep(build.bitcast(address, byte), [ir.Constant(INDEX, line)])
+            build.call(prefetch, [at, ir.Constant(I32, 1), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
 
 @intrinsic

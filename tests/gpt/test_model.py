@@ -30,7 +30,7 @@ def make(config, dtype=np.float32, seed=1):
 
 
 def ten_steps(config, dtype):
-    """The losses, the gradients of the first step by name, and the weights at the end."""
+    """The losses, the gradients by name and step, and the weights at the end."""
     model = make(config, dtype)
     optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.decay,
                       max_norm=config.clip)
@@ -39,7 +39,7 @@ def ten_steps(config, dtype):
         x, y = batch(IDS, config.batch, config.context, 0, step)
         loss = mt.cross_entropy(model(x), y)
         loss.backward()
-        gradients = gradients or {name: p.grad.data.copy() for name, p in model.named_parameters()}
+        gradients |= {f"{name}, step {step}": p.grad.data.copy() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -62,7 +62,7 @@ def ten_steps_of_the_peer(config, dtype):
         x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in pair)
         loss = torch.nn.functional.cross_entropy(peer(x).flatten(0, 1), y.flatten())
         loss.backward()
-        gradients = gradients or {name: p.grad.numpy().copy() for name, p in parameters.items()}
+        gradients |= {f"{name}, step {step}": p.grad.numpy().copy() for name, p in parameters.items()}
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -4,11 +4,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+import pytest
 
 from gpt.config import Config
+
+torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+F, nn = torch.nn.functional, torch.nn
 
 
 def build(config: Config, vocabulary: int) -> nn.Module:
