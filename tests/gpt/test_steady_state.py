@@ -23,7 +23,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a process's size is read from /proc (Linux)")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size is read from /proc (Linux)")
 def test_memory_is_flat_after_the_first_hundred_steps():
     config = Config()
     mt.seed(0)
