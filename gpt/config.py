@@ -54,7 +54,7 @@ class Config:
 RECIPES = {
     "classic": Config(),                                                    # nanoGPT's recipe for a CPU
     "lecture": Config(                                                      # the scaled-up GPT
-        layers=6, heads=6, width=384, context=256, dropout=0.2, bias=True, batch=64, steps=5000, lr=3e-4,
+        layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),
 }
 
