@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt import command
-from gpt.checkpoint import load_model
+from gpt.checkpoint import load, load_model
 from gpt.data import find_text
 from gpt.verse import verse
 
@@ -50,9 +50,12 @@ def test_a_run_leaves_checkpoint_metrics_plot_and_sample(text, tmp_path, capsys)
 def test_the_same_command_gives_the_same_bits(text, tmp_path):
     for name in ("a", "b"):
         assert train(text, tmp_path / name, "--dropout", "0.1") == 0
-    for file in ("checkpoint.safetensors", "sample.txt"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    runs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("a", "b")]
+    files = [tmp_path / name / "checkpoint.safetensors" for name in "ab"]
+    (arrays, metadata), (again, metadata_again) = map(load, files)
+    assert metadata == metadata_again and arrays.keys() == again.keys()
+    assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
+    assert (tmp_path / "a" / "sample.txt").read_bytes() == (tmp_path / "b" / "sample.txt").read_bytes()
+    runs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "ab"]
     losses = [[(line["train_loss"], line["val_loss"]) for line in map(json.loads, run)] for run in runs]
     assert losses[0] == losses[1]
 
