@@ -46,7 +46,7 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
     """
     batch, time, width, depth = _sizes("attention_forward", qkv, heads)
     out = memory.empty((batch, time, width), qkv.dtype)
-    norms = memory.empty((batch, heads, time), qkv.dtype)
+    norms = (memory.empty if out.size else memory.zeros)((batch, heads, time), qkv.dtype)
     if out.size:
         tile, padded, keys = _blocks(depth, qkv.dtype)
         rows = _round_up(time, keys)
@@ -80,7 +80,7 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
 def _sizes(name: str, qkv: np.ndarray, heads: int) -> tuple[int, int, int, int]:
     check(name, "qkv", qkv, (None, None, None))
     batch, time, packed = qkv.shape
-    if heads < 1 or packed == 0 or packed % (3 * heads):
+    if heads < 1 or packed % (3 * heads):
         raise ValueError(f"{name}: qkv has a last axis of {packed}, "
                          f"which is not 3 x heads x D for {heads} heads")
     return batch, time, packed // 3, packed // (3 * heads)

@@ -38,7 +38,7 @@ def linear(x, weight, bias=None, *, activation=None):
         raise ValueError(f"linear: inner sizes differ: x is {x.shape}, weight is {weight.shape}; "
                          "x.shape[-1] must equal weight.shape[1]")
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
-    weight = np.ascontiguousarray(weight)
+    weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
     approximate = _approximate(activation)
     y, before = kernels.linear_forward(rows, weight, bias, approximate)
 
@@ -69,9 +69,9 @@ def _gelu_reference(x, *, approximate=False):
 
 @fused(reference=_gelu_reference)
 def _gelu(x, *, approximate):
-    rows = np.ascontiguousarray(x)
+    rows = np.asarray(x, order="C")
     return (kernels.gelu_forward(rows, approximate),
-            lambda g: kernels.gelu_backward(np.ascontiguousarray(g), rows, approximate))
+            lambda g: kernels.gelu_backward(np.asarray(g, order="C"), rows, approximate))
 
 
 def gelu(x, approximate="none"):
@@ -93,6 +93,7 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 def layernorm(x, weight, bias=None, *, eps=1e-5):
     """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
     rows = _rows(x)
+    weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
     y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)
 
     def vjp(g):
@@ -184,8 +185,8 @@ def _dropout_reference(x, *, p, seed):
 
 @fused(reference=_dropout_reference)
 def _dropout(x, *, p, seed):
-    return (kernels.dropout(np.ascontiguousarray(x), p, seed),
-            lambda g: kernels.dropout(np.ascontiguousarray(g), p, seed))
+    return (kernels.dropout(np.asarray(x, order="C"), p, seed),
+            lambda g: kernels.dropout(np.asarray(g, order="C"), p, seed))
 
 
 def dropout(x, p, seed=None):
@@ -216,7 +217,7 @@ def embedding(ids, weight):
 
 
 def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
-    ids = np.ascontiguousarray(ids)
+    ids = np.asarray(ids, order="C")
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers")
     return ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)

@@ -98,6 +98,6 @@ class AdamW(_Optimizer):
         self.steps += 1
         for p, first, second in zip(self.parameters, self.first, self.second, strict=True):
             if p.grad is not None:
-                kernels.adamw(p.data, np.ascontiguousarray(p.grad.data), first, second, self.steps, self.lr,
+                kernels.adamw(p.data, np.asarray(p.grad.data, order="C"), first, second, self.steps, self.lr,
                               *self.betas, self.eps, self.weight_decay if p.ndim > 1 else 0.0, scale)
         return norm
