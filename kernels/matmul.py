@@ -37,7 +37,8 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
         check("matmul", name, x)
         if x.ndim < 2:
             raise ValueError(f"matmul: {name} has shape {x.shape}; it must have two axes or more")
-    check("matmul", "b", b, like=a)
+    if a.dtype != b.dtype:
+        raise TypeError(f"matmul: a is {a.dtype}, b is {b.dtype}; convert one of them")
     m, k = a.shape[-2:] if not transpose_a else a.shape[:-3:-1]
     k_b, n = b.shape[-2:] if not transpose_b else b.shape[:-3:-1]
     if k != k_b:
@@ -78,6 +79,7 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
 
 def column_sum(x: np.ndarray) -> np.ndarray:
     """The sum of the rows of x (N, C) -> (C,)."""
+    check("column_sum", "x", x, (None, None))
     return matmul(np.ones((1, len(x)), x.dtype), x)[0]
 
 
