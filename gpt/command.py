@@ -22,6 +22,7 @@ from gpt.generate import generate
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer
 from gpt.train import Evaluation, train
+from kernels.cpu import TARGET
 
 INTERRUPTED = 130
 
@@ -112,7 +113,6 @@ def _make_writable(folder: Path) -> None:
 
 
 def _describe(config: Config, text: Text, tokenizer: CharTokenizer, model: GPT, train: int, val: int) -> None:
-    from kernels.cpu import TARGET
     print(f"data     {text.name}: {train + val:,} characters, {len(tokenizer)} symbols; "
           f"{train:,} to train on, {val:,} to validate on\n         from {text.source}")
     print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads")
@@ -200,8 +200,8 @@ def plot(evaluations: list[Evaluation], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     steps = [e.step for e in evaluations]
-    for name, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
-        values = [getattr(e, f"{name[:3] if name[0] == 'v' else name}_loss") for e in evaluations]
+    curves = {"train": [e.train_loss for e in evaluations], "validation": [e.val_loss for e in evaluations]}
+    for (name, values), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=True):
         axes.plot(steps, values, "o-", color=colour, markersize=3,
                   label=f"{name}, {values[-1]:.3f} at the end")
     axes.set(xlabel="steps", ylabel="loss, nats a character", xlim=(0, None))

@@ -1,6 +1,6 @@
 """Training runs at flat memory, with the garbage collector off, and adds nothing to the recycled buffers.
 
-MINITENSOR_STEPS=10000 makes it the long run that the README speaks of.
+MINITENSOR_STEPS=10000 makes it a long run.
 """
 import gc
 import os
