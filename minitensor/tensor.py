@@ -198,7 +198,7 @@ class Tensor:
     def __rpow__(self, y: Any) -> Tensor: return _np.power(y, self)
     def __matmul__(self, y: Any) -> Tensor: return _np.matmul(self, y)
     def __rmatmul__(self, y: Any) -> Tensor: return _np.matmul(y, self)
-    def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index)
+    def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index=index)
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new "
                         "one with np.where or np.concatenate, or change t.data, which is outside the graph")
@@ -253,6 +253,9 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
 
     def decorate(body: Callable) -> Callable:
+        if not inspect.isfunction(body):
+            raise TypeError(f"op: a {type(body).__name__} is not a function; an op's decorator is written "
+                            "with parentheses, as in @op()")
         name = body.__name__
         signature = inspect.signature(body)
 
@@ -283,7 +286,7 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     return decorate
 
 
-def fused(reference: Callable) -> Callable:
+def fused(*, reference: Callable) -> Callable:
     """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
     if not callable(reference):
         raise TypeError("fused: a fused op names its reference, a function of primitive ops; "

@@ -248,7 +248,7 @@ def test_a_fused_op_runs_its_reference_where_the_graph_is_wanted():
         ran.append("reference")
         return np.exp(x) * 2
 
-    @fused(reference)
+    @fused(reference=reference)
     def twice_exp(x):
         ran.append("kernel")
         y = 2 * np.exp(x)
@@ -262,7 +262,19 @@ def test_a_fused_op_runs_its_reference_where_the_graph_is_wanted():
     dx, = grad(np.sum(twice_exp(x)), x, create_graph=True)
     assert grad(np.sum(dx), x)[0].item() == pytest.approx(2 * np.exp(0.5))
     with pytest.raises(TypeError, match="a fused op names its reference"):
-        fused(None)
+        fused(reference=None)
+    with pytest.raises(TypeError, match="reference"):
+        @fused
+        def without_reference(x):
+            return x, lambda g: g
+
+
+def test_a_decorator_without_parentheses_says_so():
+    @op
+    def bare(x):
+        return x, lambda g: g
+    with pytest.raises(TypeError, match=r"written with parentheses, as in @op\(\)"):
+        bare(leaf(1.0))
 
 
 # ---- a Tensor among numpy's arrays -------------------------------------------------------------------------

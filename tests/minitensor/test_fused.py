@@ -26,6 +26,7 @@ from minitensor import (
 )
 from minitensor.tensor import Tensor, fused, grad, no_grad, unfused
 from minitensor.testing import gradcheck
+from tests.minitensor.gradients import gradients
 
 module = importlib.import_module("minitensor.fused")        # `minitensor.fused` is the decorator
 TINY, SMALL, LARGE = 2, 4, 70                               # the longest axes that are drawn
@@ -175,14 +176,6 @@ CASES = [
       for reduction in ("mean", "sum", "none")),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-
-
-def gradients(f, arrays):
-    """The value of f and the gradients of its sum, weighted so that no two elements count the same."""
-    inputs = [Tensor(x, requires_grad=True) for x in arrays]
-    y = f(*inputs)
-    weights = np.cos(np.arange(y.size)).reshape(y.shape).astype(y.dtype)
-    return y, grad(np.sum(y * weights), inputs), weights
 
 
 def close(ours, theirs, tolerance):

@@ -16,6 +16,7 @@ from minitensor.ops import erf, logsumexp, relu, sigmoid
 from minitensor.shape import scatter
 from minitensor.tensor import Tensor, grad
 from minitensor.testing import gradcheck, strategies
+from tests.minitensor.gradients import gradients
 
 FEW = settings(max_examples=6)
 ANY = strategies.shapes(max_dims=2, min_side=0).map(lambda shape: (shape,))
@@ -183,14 +184,6 @@ CASES += [Case(f"einsum {subscripts}", lambda *x, s=subscripts: np.einsum(s, *x)
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-def gradients(f, arrays):
-    """The value of f and the gradients of its sum, weighted so that no two elements count the same."""
-    inputs = [Tensor(x, requires_grad=True) for x in arrays]
-    y = f(*inputs)
-    weights = np.cos(np.arange(y.size)).reshape(y.shape).astype(y.dtype)
-    return y, grad(np.sum(y * weights), inputs), weights
-
-
 @cases
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(data=st.data())
@@ -291,7 +284,7 @@ def test_getitem_takes_numpys_odder_indices(index):
 
 def test_getitem_refuses_tensors_and_floats_as_indices():
     x = Tensor([1.0, 2.0])
-    for index in (Tensor([0.0]), (None, Tensor([0.0])), np.array([0.0], np.float32)):
+    for index in (Tensor([0.0]), (None, Tensor([0.0])), np.array([0.0], np.float32), np.array([0.0])):
         with pytest.raises(IndexError, match="getitem: an index is a Tensor or an array of floats"):
             x[index]
     with pytest.raises(IndexError, match="index 2 is out of bounds for axis 0 with size 2"):
