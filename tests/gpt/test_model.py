@@ -18,8 +18,9 @@ GOLDEN = Path(__file__).with_name("golden.json")
 SMALL = Config(layers=2, heads=2, width=32, context=16, batch=4, lr=1e-2, beta2=0.99)
 WITH_BIAS = Config(layers=2, heads=2, width=32, context=16, batch=4, lr=1e-2, beta2=0.99, bias=True)
 VOCABULARY, STEPS = 19, 10
-# Adam's first steps divide a gradient by its own size, so that one that has cancelled down to what float32 rounds
-# off (1e-8 here) moves its weight by the whole learning rate, in PyTorch too. An eps above that keeps it out.
+# Adam's first steps divide a gradient by its own size, so that one that has cancelled down to what float32
+# rounds off (1e-8 here) moves its weight by a part of the learning rate that is chance, in PyTorch too.
+# An eps above that keeps chance out of the comparison.
 EPS = {np.float64: 1e-8, np.float32: 1e-4}
 IDS = np.random.default_rng(3).integers(VOCABULARY, size=500).astype(np.int32)
 

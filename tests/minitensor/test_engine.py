@@ -263,7 +263,7 @@ def test_a_fused_op_runs_its_reference_where_the_graph_is_wanted():
     assert grad(np.sum(dx), x)[0].item() == pytest.approx(2 * np.exp(0.5))
     with pytest.raises(TypeError, match="a fused op names its reference"):
         fused(reference=None)
-    with pytest.raises(TypeError, match="reference"):
+    with pytest.raises(TypeError, match=r"fused\(\) takes 0 positional arguments"):
         @fused
         def without_reference(x):
             return x, lambda g: g
