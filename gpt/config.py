@@ -31,7 +31,7 @@ class Config:
     decay: float = _option(0.1, "AdamW: weight decay of matrices")
     clip: float = _option(1.0, "norm to which gradients are clipped")
     eval_every: int = _option(500, "steps between two evaluations on the whole validation split")
-    seed: int = _option(1337, "of weights, batches and dropout")
+    seed: int = _option(0, "of weights, batches and dropout")
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):

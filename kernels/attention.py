@@ -28,7 +28,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
-from kernels.dropout import U32, U64, keep_below, kept, row_key
+from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.pack import pack_transposed
@@ -97,7 +97,7 @@ def _blocks(depth: int, dtype: np.dtype) -> tuple[int, int, int]:
 
 
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
-    return keep_below(p), dtype.type(1 / (1 - p)), U64(seed)
+    return keep_below(p), dtype.type(1 / (1 - p)), start_of(seed)
 
 
 def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
@@ -116,7 +116,7 @@ def _attention_forward(qkv, out, norms, heads, depth, causal, dropout, blocks, s
 @helper
 def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, scratch, thread):
     """One head of one sequence."""
-    limit, kept_scale, seed = dropout
+    limit, kept_scale, start_of_rows = dropout
     tile, padded, keys = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
@@ -144,7 +144,7 @@ def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, s
                 n = max(0, min(count, i + 1 + diagonal))
                 weigh(scores[i], n, tops, i, sums[i])
                 if kept_scale != one:
-                    drop(scores[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
+                    drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             multiply_rows(scores, keys, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
         for i in range(rows):
             norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
@@ -189,7 +189,7 @@ def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, dropo
 @helper
 def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropout, blocks, scratch, thread):
     """One head of one sequence."""
-    limit, kept_scale, seed = dropout
+    limit, kept_scale, start_of_rows = dropout
     tile, padded, keys = blocks
     queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
     deltas = scratch[3][thread]
@@ -228,10 +228,10 @@ def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropo
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
-                    drop(dscores[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
+                    drop(dscores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
                 weigh_backward(weights[i], dscores[i], n, norms[i0 + i], deltas[i0 + i])
                 if kept_scale != one:
-                    drop(weights[i], n, limit, kept_scale, seed, task * time + i0 + i, j0)
+                    drop(weights[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded,
                           rows, count, tile, diagonal)
             multiply_columns(weights, key_rows, douts, block, dvalues, padded, rows, count, tile, diagonal)
@@ -323,10 +323,10 @@ def unpack_rows(x, count, depth, scale, to, start, stride):
 
 
 @mover
-def drop(weights, n, limit, kept_scale, seed, mask_row, first_column):
+def drop(weights, n, limit, kept_scale, start, mask_row, first_column):
     """Dropout of the first n of a row of weights."""
     out_of_line()
-    key = row_key(seed, mask_row)
+    key = row_key(start, mask_row)
     low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
     zero = weights.dtype.type(0)
     for j in range(n):

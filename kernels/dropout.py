@@ -25,7 +25,7 @@ def dropout(x: np.ndarray, p: float, seed: int) -> np.ndarray:
     """x of any shape -> y; called on the gradient with the same p and seed, it is the backward pass."""
     check("dropout", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), U64(seed),
+    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), start_of(seed),
            y.reshape(-1))
     return y
 
@@ -33,10 +33,7 @@ def dropout(x: np.ndarray, p: float, seed: int) -> np.ndarray:
 def dropout_mask(rows: int, columns: int, p: float, seed: int) -> np.ndarray:
     """The mask itself, (rows, columns) of bool, True where kept: in numpy, for references and tests."""
     with np.errstate(over="ignore"):
-        z = (np.arange(rows, dtype=U64)[:, None] + U64(1)) * WEYL + U64(seed)
-        z = (z ^ (z >> U64(30))) * MIX1
-        z = (z ^ (z >> U64(27))) * MIX2
-        key = z ^ (z >> U64(31))
+        key = splitmix(np.arange(1, rows + 1, dtype=U64)[:, None] * WEYL + start_of(seed))
         h = np.arange(columns, dtype=U32) * STEP + key.astype(U32)
         h = (h ^ (h >> U32(16))) * ODD1
         h = (h ^ (h >> U32(15))) + (key >> U64(32)).astype(U32)
@@ -58,13 +55,26 @@ def keep_below(p: float) -> np.uint32:
     return U32(round((1 - p) * (2**32 - 1)))
 
 
-@helper
-def row_key(seed, row):
-    """The 64-bit key of a row of the mask."""
-    z = (U64(row) + U64(1)) * WEYL + U64(seed)
+def start_of(seed: int) -> np.uint64:
+    """Where the sequence of row keys starts: a hash, so that no seed's sequence is another's, a row on."""
+    with np.errstate(over="ignore"):
+        return splitmix(U64(seed) + WEYL)
+
+
+def splitmix(z):
+    """The finaliser of splitmix64: every bit of z changes half of all bits."""
     z = (z ^ (z >> U64(30))) * MIX1
     z = (z ^ (z >> U64(27))) * MIX2
     return z ^ (z >> U64(31))
+
+
+_splitmix = helper(splitmix)
+
+
+@helper
+def row_key(start, row):
+    """The 64-bit key of a row of the mask; start: see `start_of`."""
+    return _splitmix(U64(U64(row) + U64(1)) * WEYL + start)
 
 
 @helper
@@ -78,13 +88,13 @@ def kept(low, high, column, limit):
 
 
 @kernel
-def _dropout(x, limit, scale, seed, y, tasks):
+def _dropout(x, limit, scale, start, y, tasks):
     rows = (x.size + ROW - 1) // ROW
     for index in prange(tasks):
         task = np.int64(index)
         for row in range(rows * task // tasks, rows * (task + 1) // tasks):
             first, last = row * ROW, min(x.size, (row + 1) * ROW)
-            dropout_row(x[first:last], y[first:last], row_key(seed, row), limit, scale)
+            dropout_row(x[first:last], y[first:last], row_key(start, row), limit, scale)
 
 
 @helper

@@ -13,7 +13,7 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.elementary import exp
-from kernels.jit import helper, kernel, launch, row_tasks
+from kernels.jit import exact, helper, kernel, launch, row_tasks
 from kernels.simd import row_max
 
 
@@ -99,21 +99,30 @@ def _log_softmax_forward(x, z, tasks):
 
 @helper
 def log_softmax_row(x, z):
-    norm = log_sum_exp(x)
+    top, log_total = log_sum_exp(x)
     for j in range(x.size):
-        z[j] = x[j] - norm
+        z[j] = log_share(x[j], top, log_total)
+
+
+@exact
+def log_share(x, top, log_total):
+    """log softmax of x, in the order that keeps its digits where all of the row is far from 0."""
+    return (x - top) - log_total
 
 
 @helper
 def log_sum_exp(x):
-    """log Σ exp(x) of one row: -inf for a row of -inf, where the difference from the largest would be NaN."""
+    """log Σ exp(x) of one row in two parts: the largest x, and log Σ exp(x - largest).
+
+    Their sum would lose the digits of the second where the first is large. A row of -inf gives 0 and -inf.
+    """
     top = row_max(x, 0, x.size)
     if top == -math.inf:
-        return x.sum()                       # -inf, or NaN where there is one
+        return x.dtype.type(0), x.sum()      # -inf, or NaN where there is one
     total = x.dtype.type(0)
     for j in range(x.size):
         total += exp(x[j] - top)
-    return top + x.dtype.type(math.log(total))
+    return top, x.dtype.type(math.log(total))
 
 
 @kernel

@@ -59,9 +59,7 @@ def test_seeds_do_not_hang_together(p):
     for first, second in itertools.combinations(seeds, 2):
         x, y = masks[first], masks[second]
         assert correlation(x, y) < 5 / math.sqrt(x.size), f"seeds {first} and {second}"
-        # Rows of one seed are those of another, moved, where the seeds differ by the hash's own step alone.
-        if {first, second} != {0, 0x9E3779B97F4A7C15}:
-            assert correlation(x[1:], y[:-1]) < 5 / math.sqrt(x[1:].size)
+        assert correlation(x[1:], y[:-1]) < 5 / math.sqrt(x[1:].size)    # nor one mask the other's, a row on
 
 
 def test_a_mask_is_a_part_of_the_larger_one():

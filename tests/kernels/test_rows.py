@@ -318,7 +318,7 @@ def test_cross_entropy(dtype, close):
         assert losses.dtype == norms.dtype == dlogits.dtype == dtype
         x, rows, roundings = logits.astype(np.float64), np.arange(n), 20 + math.sqrt(v)
         size = 1 + np.abs(x).max(axis=1) + np.abs(logsumexp(x))
-        close(norms, logsumexp(x), size, roundings)
+        close(norms.sum(axis=1), logsumexp(x), size, roundings)
         close(losses, -log_softmax(x)[rows, targets], size, roundings)
         hot = np.eye(v)[targets]
         d = dlosses.astype(np.float64)[:, None]
@@ -379,18 +379,32 @@ def test_cross_entropy_of_huge_logits_stays_finite(dtype, scale):
     assert not losses.any() and not dlogits.any()
 
 
+@BOTH
+def test_a_common_offset_of_the_logits_costs_no_digits(dtype, close):
+    """The offset is exact in either dtype: the logits are multiples of 1/64."""
+    logits, targets = np.round(normal(40, 33, dtype=dtype) * 64) / 64, np.arange(40) % 33
+    far = logits + dtype(2**14)
+    assert np.array_equal(far - dtype(2**14), logits)
+    x, rows = logits.astype(np.float64), np.arange(40)
+    close(K.log_softmax_forward(far), log_softmax(x), 1 + np.abs(log_softmax(x)), 20)
+    losses, norms = K.cross_entropy_forward(far, targets)
+    close(losses, -log_softmax(x)[rows, targets], 1 + np.abs(log_softmax(x)[rows, targets]), 20)
+    dlogits = K.cross_entropy_backward(np.ones(40, dtype), far, targets, norms)
+    close(dlogits, softmax(x) - np.eye(33)[targets], np.ones((40, 33)), 20)
+
+
 @pytest.mark.parametrize("wrong", [-1, 5, -2, 10**9])
 def test_targets_out_of_range(wrong):
     logits, targets = np.zeros((3, 5)), np.array([0, wrong, 1])
     for call in (lambda: K.cross_entropy_forward(logits, targets),
-                 lambda: K.cross_entropy_backward(np.zeros(3), logits, targets, np.zeros(3))):
+                 lambda: K.cross_entropy_backward(np.zeros(3), logits, targets, np.zeros((3, 2)))):
         with pytest.raises(IndexError, match=f"cross_entropy: targets holds {wrong}"):
             call()
 
 
 def test_cross_entropy_without_rows():
     losses, norms = K.cross_entropy_forward(np.zeros((0, 5)), np.zeros(0, np.int64))
-    assert losses.shape == norms.shape == (0,)
+    assert losses.shape == (0,)
     assert K.cross_entropy_backward(losses, np.zeros((0, 5)), np.zeros(0, np.int64), norms).shape == (0, 5)
 
 
@@ -528,8 +542,8 @@ ARGUMENTS = [
     (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
     (K.cross_entropy_forward, {"logits": X, "targets": IDS},
      {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
-    (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": COLUMN},
-     {"dlosses": [(3,), (4, 1)], "logits": [(4,)], "targets": [(5,)], "norms": [(3,)]}),
+    (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": np.ones((4, 2))},
+     {"dlosses": [(3,), (4, 1)], "logits": [(4,)], "targets": [(5,)], "norms": [(4,), (3, 2)]}),
     (K.embedding_forward, {"ids": IDS, "weight": X}, {"ids": [(2, 2)], "weight": [(3,)]}),
     (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS},
      {"dy": [(4,)], "ids": [(3,), (5,)]}),
