@@ -1,4 +1,4 @@
-"""AdamW: one pass over parameters, gradients and moments, with the clipping factor applied on the way.
+"""AdamW: one pass over all parameters, gradients and moments, with the clipping factor applied on the way.
 Source: Loshchilov, Hutter 2019.
 
     g ← s g,   m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²,
@@ -7,53 +7,106 @@ Source: Loshchilov, Hutter 2019.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numba
 import numpy as np
 from numba import prange
 
 from kernels.check import check
-from kernels.jit import flat_tasks, helper, kernel, launch
+from kernels.jit import helper, kernel, launch
+from kernels.simd import pointer
 
 
-def adamw(parameter: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int,
-          lr: float, beta1: float, beta2: float, eps: float, decay: float, scale: float = 1.0) -> None:
-    """Update parameter and its moments first and second in place, all of one shape.
+def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], firsts: Sequence[np.ndarray],
+          seconds: Sequence[np.ndarray], decays: Sequence[float], step: int, lr: float, beta1: float,
+          beta2: float, eps: float, scale: float = 1.0) -> None:
+    """Update parameters and their moments, firsts and seconds, in place; all arrays of one dtype.
 
-    step: t, counted from 1. scale: s, the factor that clips the gradient (which itself stays as it is).
+    decays: λ of each parameter. step: t, counted from 1. scale: s, the factor that clips the gradients (which
+    themselves stay as they are).
     """
-    check("adamw", "parameter", parameter)
-    for name, array in (("gradient", gradient), ("first", first), ("second", second)):
-        check("adamw", name, array, parameter.shape, like=parameter)
-    for name, array in (("parameter", parameter), ("first", first), ("second", second)):
-        if not array.flags.writeable:
-            raise ValueError(f"adamw: {name} is read-only; it is updated in place, so pass a copy")
+    groups = {"parameters": parameters, "gradients": gradients, "firsts": firsts, "seconds": seconds}
+    for name, arrays in groups.items():
+        _check_list("adamw", name, arrays, parameters)
+        if not all(x.flags.writeable for x in arrays) and name != "gradients":
+            raise ValueError(f"adamw: {name} holds a read-only array; it is updated in place, so pass a copy")
+    if len(decays) != len(parameters):
+        raise ValueError(f"adamw: decays holds {len(decays)} numbers; there are {len(parameters)} parameters")
     if step < 1:
         raise ValueError(f"adamw: step is {step}; steps are counted from 1")
-    real = parameter.dtype.type
-    root = math.sqrt(1 - beta2**step)
-    launch(_adamw, flat_tasks(parameter), *(x.reshape(-1) for x in (parameter, gradient, first, second)),
-           real(1 - lr * decay), real(scale), real(beta1), real(1 - beta1), real(beta2), real(1 - beta2),
-           real(lr / (1 - beta1**step)), real(root), real(eps))
+    if not parameters:
+        return
+    like = parameters[0].reshape(-1)[:0]
+    real = like.dtype.type
+    constants = (real(scale), real(beta1), real(1 - beta1), real(beta2), real(1 - beta2),
+                 real(lr / (1 - beta1**step)), real(math.sqrt(1 - beta2**step)), real(eps))
+    addresses, ends = _table(*groups.values())
+    shrinks = np.array([1 - lr * decay for decay in decays], like.dtype)
+    launch(_adamw, _tasks(ends), like, addresses, ends, shrinks, constants)
 
 
-def sum_of_squares(x: np.ndarray) -> float:
-    """Σ x² in float64, for the norm of a gradient."""
-    check("sum_of_squares", "x", x)
-    partial = np.empty(flat_tasks(x))
-    launch(_sum_of_squares, len(partial), x.reshape(-1), partial)
+def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
+    """Σ x² over all arrays, which are of one dtype, in float64: for the norm of a gradient."""
+    _check_list("sum_of_squares", "arrays", arrays, arrays)
+    if not arrays:
+        return 0.0
+    addresses, ends = _table(arrays)
+    partial = np.empty(_tasks(ends))
+    launch(_sum_of_squares, len(partial), arrays[0].reshape(-1)[:0], addresses, ends, partial)
     return float(partial.sum())
 
 
-@kernel
-def _adamw(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps, tasks):
-    for index in prange(tasks):
-        task = np.int64(index)
-        i, j = p.size * task // tasks, p.size * (task + 1) // tasks
-        adamw_part(p[i:j], g[i:j], m[i:j], v[i:j], shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps)
+def _check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray]) -> None:
+    """Raise unless arrays is a list of arrays of the shapes of like's, all of one dtype."""
+    if not isinstance(arrays, (list, tuple)):
+        raise TypeError(f"{name}: {list_name} is a {type(arrays).__name__}; it must be a list of arrays")
+    if len(arrays) != len(like):
+        raise ValueError(f"{name}: {list_name} holds {len(arrays)} arrays; there are {len(like)} parameters")
+    for i, (x, other) in enumerate(zip(arrays, like, strict=True)):
+        check(name, f"{list_name}[{i}]", x, None if x is other else other.shape, like=like[0])
+
+
+def _table(*groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The addresses of the arrays (n, groups), and where each array of a group would end if all were joined."""
+    addresses = np.array([[x.__array_interface__["data"][0] for x in arrays] for arrays in groups], np.int64)
+    return addresses.T.copy(), np.cumsum([x.size for x in groups[0]])
+
+
+def _tasks(ends: np.ndarray) -> int:
+    """How many tasks all elements are cut into, as `jit.flat_tasks`."""
+    return max(1, min(64, int(ends[-1]) >> 14))
 
 
 @helper
-def adamw_part(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root, eps):
+def array_at(like, address, first, last):
+    """Elements first to last of the flat array of like's dtype at this address."""
+    return numba.carray(pointer(like, address + first * like.itemsize), last - first)
+
+
+@kernel
+def _adamw(like, addresses, ends, shrinks, constants, tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
+        adamw_task(like, addresses, ends, shrinks, constants, ends[-1] * task // tasks,
+                   ends[-1] * (task + 1) // tasks)
+
+
+@helper
+def adamw_task(like, addresses, ends, shrinks, constants, first, last):
+    """Elements first to last of all parameters, as if they were joined."""
+    for n in range(len(ends)):
+        start = ends[n - 1] if n else 0
+        i, j = max(first, start) - start, min(last, ends[n]) - start
+        if i < j:
+            adamw_part(array_at(like, addresses[n, 0], i, j), array_at(like, addresses[n, 1], i, j),
+                       array_at(like, addresses[n, 2], i, j), array_at(like, addresses[n, 3], i, j),
+                       shrinks[n], constants)
+
+
+@helper
+def adamw_part(p, g, m, v, shrink, constants):
+    scale, beta1, rest1, beta2, rest2, rate, root, eps = constants
     for i in range(p.size):
         gi = g[i] * scale
         m[i] = beta1 * m[i] + rest1 * gi
@@ -62,10 +115,22 @@ def adamw_part(p, g, m, v, shrink, scale, beta1, rest1, beta2, rest2, rate, root
 
 
 @kernel
-def _sum_of_squares(x, partial, tasks):
+def _sum_of_squares(like, addresses, ends, partial, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        partial[task] = squares_part(x[x.size * task // tasks:x.size * (task + 1) // tasks])
+        partial[task] = squares_task(like, addresses, ends, ends[-1] * task // tasks,
+                                     ends[-1] * (task + 1) // tasks)
+
+
+@helper
+def squares_task(like, addresses, ends, first, last):
+    total = 0.0
+    for n in range(len(ends)):
+        start = ends[n - 1] if n else 0
+        i, j = max(first, start) - start, min(last, ends[n]) - start
+        if i < j:
+            total += squares_part(array_at(like, addresses[n, 0], i, j))
+    return total
 
 
 @helper

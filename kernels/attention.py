@@ -32,9 +32,10 @@ from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.pack import pack_transposed
-from kernels.simd import ROWS, columns, out_of_line, register_tile, row_max
+from kernels.simd import ROWS, address, columns, out_of_line, register_tile, row_max
 
-QUERIES = -(-48 // ROWS) * ROWS              # queries in a block: whole register tiles
+QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
+KEYS = 128                                   # the most keys in a block
 
 
 def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float = 0.0,
@@ -48,7 +49,7 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
     out = memory.empty((batch, time, width), qkv.dtype)
     norms = (memory.empty if out.size else memory.zeros)((batch, heads, time), qkv.dtype)
     if out.size:
-        tile, padded, keys = _blocks(depth, qkv.dtype)
+        tile, padded, keys = _blocks(depth, time, qkv.dtype)
         rows = _round_up(time, keys)
         scratch = _scratch(qkv.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, keys),
                            (QUERIES, padded), (2, QUERIES))
@@ -66,7 +67,7 @@ def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms
     check("attention_backward", "norms", norms, (batch, heads, time), like=qkv)
     dqkv = memory.empty(qkv.shape, qkv.dtype)
     if dqkv.size:
-        tile, padded, keys = _blocks(depth, qkv.dtype)
+        tile, padded, keys = _blocks(depth, time, qkv.dtype)
         rows, key_rows = _round_up(time, QUERIES), _round_up(keys, ROWS)
         scratch = _scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
                            (keys * depth,), (keys * depth,), (keys, padded),
@@ -90,10 +91,10 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(depth: int, dtype: np.dtype) -> tuple[int, int, int]:
+def _blocks(depth: int, time: int, dtype: np.dtype) -> tuple[int, int, int]:
     """The width of a register tile; in whole tiles, the width of a head and the keys in a block."""
     tile = columns(dtype)
-    return tile, _round_up(depth, tile), _round_up(48, tile)
+    return tile, _round_up(depth, tile), _round_up(min(time, KEYS), tile)
 
 
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
@@ -269,8 +270,9 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
     for j in range(0, count, tile):
         for i in range(0, rows, ROWS):
             if j < i + ROWS + diagonal:
-                register_tile(a, a_start + i * a_row, a_row, 1, panels, panels_start + j * depth, tile,
-                              c, i * c_row + j, c_row, depth, False)
+                register_tile(c, address(a, a_start + i * a_row), a_row, 1,
+                              address(panels, panels_start + j * depth), tile,
+                              address(c, i * c_row + j), c_row, depth, False, True)
 
 
 @mover
@@ -281,8 +283,8 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
         n = min(count, i + ROWS + diagonal)
         for d in range(0, width, tile):
             if n > 0:
-                register_tile(a, i * a_row, a_row, 1, b, b_start + d, width,
-                              c, c_start + i * width + d, width, n, True)
+                register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
+                              address(c, c_start + i * width + d), width, n, True, True)
 
 
 @mover
@@ -293,8 +295,9 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
         first = max(0, j - diagonal)                     # earlier queries do not see these keys
         for d in range(0, width, tile):
             if first < rows:
-                register_tile(a, first * a_row + j, 1, a_row, b, b_start + first * width + d, width,
-                              c, j * width + d, width, rows - first, True)
+                register_tile(c, address(a, first * a_row + j), 1, a_row,
+                              address(b, b_start + first * width + d), width,
+                              address(c, j * width + d), width, rows - first, True, True)
 
 
 @mover

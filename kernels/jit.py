@@ -81,6 +81,9 @@ def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
 
     A thread without a task would be waited for too, and on a busy machine that is long: 5 us become 2 ms.
     """
+    if tasks >= max_threads():                   # no need to ask, which takes as long as a small kernel
+        kernel(*arguments, tasks)
+        return
     threads = numba.get_num_threads()
     if tasks >= threads:
         kernel(*arguments, tasks)

@@ -2,10 +2,10 @@
 
     y = x Wᵀ          dx = dy W          dW = dyᵀ x
 
-B is copied once into panels as wide as the register tile, so that the tile reads it in order; Aᵀ into panels
-as high as the tile. Blocks of K keep a panel of B in the first-level cache; blocks of rows keep A in the
-second. Every sum over K runs in the same order however C is cut up, so the bits do not depend on the number
-of threads.
+B is copied once into panels as wide as the register tile, so that the tile reads it in order. A is read where
+it is, but for a last partial tile of rows, and for rows whose distance makes them share a few sets of the
+cache. Blocks of K keep a panel of B near; blocks of rows keep A in the second-level cache. Every sum over K
+runs in the same order however C is cut up, so the bits do not depend on the number of threads.
 """
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
+from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel, launch
-from kernels.pack import pack_columns, pack_panel_of_a, pack_transposed
-from kernels.simd import ROWS, columns, register_tile
+from kernels.jit import helper, kernel, launch, mover
+from kernels.pack import pack_columns, pack_transposed
+from kernels.simd import ROWS, address, columns, out_of_line, register_tile
 
-BLOCK_K = 384               # a panel of B: 384 x 2 vectors of 32 bytes is 24 KB of a 32 KB first-level cache
-BLOCK_N = 4096              # packed B: 384 x 4096 floats is 6 MB, in the last-level cache
-BLOCK_M = 16 * ROWS         # the most rows of A in a task: about 100 x 384 floats, in the second-level cache
+# Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
+# the second, as a step takes 28 cycles.
+BLOCK_K = 512 if TARGET.vector_bytes == 64 else 384
+BLOCK_N = 4096              # columns of packed B: 512 x 4096 floats are 8 MB, in the last-level cache
+BLOCK_M = 16                # register tiles of A in a task: 224 x 512 floats, in the second-level cache
+SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
+PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 
@@ -86,50 +91,94 @@ def column_sum(x: np.ndarray) -> np.ndarray:
 def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False):
     """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one."""
     count, m, n = c.shape
-    width = columns(c.dtype)
-    panels = -(-min(n, BLOCK_N) // width)
+    width, height = columns(c.dtype), -(-m // ROWS)
+    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in even parts
     wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
-    blocks = max(-(-m // BLOCK_M), min(-(-m // ROWS), wanted))
+    blocks = -(-height // BLOCK_M)
     chunks = max(1, min(panels, wanted // blocks))
-    panel_size = min(k, BLOCK_K) * width
-    packed = memory.empty(len(b) * panels * panel_size, c.dtype)
+    blocks = max(blocks, min(height, -(-wanted // chunks)))
+    # A is read where it is, but for the rows of a last, partial tile.
+    first_copied = m // ROWS if a.strides[1] % SAME_SET else 0
+    size_a, size_b = ROWS * (depth + PAD), depth * width
+    packed_a = memory.empty(len(a) * (height - first_copied) * size_a, c.dtype)
+    packed_b = memory.empty(len(b) * panels * size_b, c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           blocks, chunks, width, packed, panel_size, none[:, 0, 0] if bias is None else bias,
-           none if activated is None else activated, approximate)
+           (blocks, chunks, width, first_copied, depth, size_a, size_b), packed_a, packed_b,
+           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, blocks, chunks, width, packed, panel_size,
-              bias, activated, approximate, tasks):
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, packed_a, packed_b, bias, activated,
+              approximate, tasks):
+    blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
     height = (m + ROWS - 1) // ROWS                 # in register tiles
+    copied = height - first_copied
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
-        for k0 in range(0, max(k, 1), BLOCK_K):
-            depth = min(BLOCK_K, k - k0)
-            for index in prange(batch_b * panels):
+        for k0 in range(0, max(k, 1), max(most_deep, 1)):
+            depth = min(most_deep, k - k0)
+            for index in prange(batch_b * panels + len(a) * copied):
                 task = np.int64(index)
-                batch, panel = task // panels, task % panels
-                j = n0 + panel * width
-                to = task * panel_size
-                if transpose_b:
-                    pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth,
-                                    packed, to, width)
+                if task < batch_b * panels:
+                    pack_b(b, packed_b, task // panels, task % panels, n0, n, k0, k, depth, width, size_b,
+                           transpose_b)
                 else:
-                    pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth,
-                                 packed, to, width)
+                    tile = task - batch_b * panels
+                    pack_a(a[tile // copied], packed_a, tile, first_copied + tile % copied, m, k0, depth,
+                           size_a, transpose_a)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
-                i0, i1 = height * block // blocks * ROWS, min(m, height * (block + 1) // blocks * ROWS)
+                batch_a, i0 = batch if len(a) > 1 else 0, height * block // blocks
+                i1 = height * (block + 1) // blocks
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                multiply_block(a[batch if len(a) > 1 else 0], packed, batch * panels if batch_b > 1 else 0,
-                               panel_size, c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
+                multiply_block(a[batch_a], packed_a, (batch_a * copied - first_copied) * size_a, first_copied,
+                               size_a, packed_b, (batch * panels if batch_b > 1 else 0) * size_b, size_b,
+                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
                 if k0 + depth == k and (bias.size or len(activated)):
-                    finish_block(c[batch], bias, activated[batch:batch + 1], approximate,
-                                 i0, i1, n0 + first * width, min(n, n0 + last * width))
+                    finish_block(c[batch], bias, activated[batch:batch + 1], approximate, i0 * ROWS,
+                                 min(m, i1 * ROWS), n0 + first * width, min(n, n0 + last * width))
+
+
+@mover
+def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed):
+    """A panel of one matrix of B: see `kernels.pack`."""
+    out_of_line()
+    j = n0 + panel * width
+    to = (batch * ((min(BLOCK_N, n - n0) + width - 1) // width) + panel) * size
+    if transposed:
+        pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth, packed, to, width)
+    else:
+        pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth, packed, to, width)
+
+
+@mover
+def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed):
+    """The rows of one register tile of op(A): k by k if transposed, else row by row."""
+    out_of_line()
+    i0, rows = tile * ROWS, min(ROWS, m - tile * ROWS)
+    to = packed[slot * size:(slot + 1) * size]
+    if transposed and rows == ROWS:
+        for p in range(depth):
+            row, panel = a[k0 + p, i0:i0 + ROWS], to[p * ROWS:(p + 1) * ROWS]
+            for i in range(ROWS):
+                panel[i] = row[i]
+    elif transposed:
+        for p in range(depth):
+            for i in range(ROWS):
+                to[p * ROWS + i] = a[k0 + p, i0 + i] if i < rows else 0
+    else:
+        for i in range(ROWS):
+            copy = to[i * (depth + PAD):i * (depth + PAD) + depth]
+            if i < rows:
+                row = a[i0 + i, k0:k0 + depth]
+                for p in range(depth):
+                    copy[p] = row[p]
+            else:
+                copy[:] = 0
 
 
 @helper
@@ -145,33 +194,29 @@ def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
 
 
 @helper
-def multiply_block(a, packed, first_panel, panel_size, c, i0, i1, k0, depth, n0, width, first, last,
-                   transposed):
-    """Rows i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
-    n, stride = c.shape[1], a.shape[1]
-    add = k0 > 0
-    packed_a = np.empty(((i1 - i0 + ROWS - 1) // ROWS, depth, ROWS), c.dtype)
+def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, c, i0, i1, k0, depth, n0,
+                   width, first, last, transposed):
+    """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
+    (m, n), add = c.shape, k0 > 0
     edge = np.empty((ROWS, width), c.dtype)
-    for i in range(i0, i1, ROWS):
-        if transposed or i + ROWS > i1:
-            pack_panel_of_a(a, packed_a[(i - i0) // ROWS], i, i1, k0, depth, transposed)
     for panel in range(first, last):
         j = n0 + panel * width
-        b = (first_panel + panel) * panel_size
-        for i in range(i0, i1, ROWS):
-            p = (i - i0) // ROWS * depth * ROWS
-            if i + ROWS <= i1 and j + width <= n:           # spelt out: to choose arrays is slow
-                if transposed:
-                    register_tile(packed_a, p, 1, ROWS, packed, b, width, c, i * n + j, n, depth, add)
-                else:
-                    at = i * stride + k0
-                    register_tile(a, at, stride, 1, packed, b, width, c, i * n + j, n, depth, add)
+        b_at = address(b, start_b + panel * size_b)
+        for tile in range(i0, i1):
+            i = tile * ROWS
+            if tile < first_copied and transposed:
+                a_at, row, step = address(a, k0 * m + i), 1, m
+            elif tile < first_copied:
+                a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
+            elif transposed:
+                a_at, row, step = address(packed_a, start_a + tile * size_a), 1, ROWS
             else:
-                if transposed or i + ROWS > i1:
-                    register_tile(packed_a, p, 1, ROWS, packed, b, width, edge, 0, width, depth, False)
-                else:
-                    at = i * stride + k0
-                    register_tile(a, at, stride, 1, packed, b, width, edge, 0, width, depth, False)
-                for r in range(min(ROWS, i1 - i)):
+                a_at, row, step = address(packed_a, start_a + tile * size_a), depth + PAD, 1
+            if i + ROWS <= m and j + width <= n:
+                register_tile(c, a_at, row, step, b_at, width, address(c, i * n + j), n, depth, add, True)
+            else:
+                register_tile(c, a_at, row, step, b_at, width, address(edge, 0), width, depth, False,
+                              2 * (n - j) > width)
+                for r in range(min(ROWS, m - i)):
                     for s in range(min(width, n - j)):
                         c[i + r, j + s] = edge[r, s] + (c[i + r, j + s] if add else 0)

@@ -1,12 +1,8 @@
-"""Copies of operands into the order in which the register tile reads them.
-
-A panel of B is as wide as the tile: for each k its columns side by side. A panel of A is as high: for each k
-its rows.
-"""
+"""Copies of B into panels as wide as the register tile: for each k the columns of the panel side by side."""
 from __future__ import annotations
 
 from kernels.jit import mover
-from kernels.simd import ROWS, copy_columns, out_of_line, transpose_block
+from kernels.simd import copy_columns, out_of_line, transpose_block
 
 
 @mover
@@ -39,24 +35,3 @@ def pack_transposed(x, start, stride, count, depth, to, to_start, width):
     for p in range(depth):
         for j in range(count, width):
             to[to_start + p * width + j] = 0
-
-
-@mover
-def pack_panel_of_a(a, panel, i0, i1, k0, depth, transposed):
-    """panel[p, i] = op(a)[i0 + i, k0 + p], zero beyond row i1."""
-    out_of_line()
-    height = min(ROWS, i1 - i0)
-    if transposed and height == ROWS:
-        for p in range(depth):
-            row = a[k0 + p, i0:i0 + ROWS]
-            for i in range(ROWS):
-                panel[p, i] = row[i]
-    else:
-        for p in range(depth):
-            for i in range(ROWS):
-                if i >= height:
-                    panel[p, i] = 0
-                elif transposed:
-                    panel[p, i] = a[k0 + p, i0 + i]
-                else:
-                    panel[p, i] = a[i0 + i, k0 + p]

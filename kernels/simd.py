@@ -61,34 +61,53 @@ def columns(dtype) -> int:
 
 
 @intrinsic
-def register_tile(typing, a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, k, add):
-    """C[ROWS, 2 vectors] = (C if add else 0) + A[ROWS, k] @ B[k, 2 vectors].
+def address(typing, x, start):
+    """The address of element start of an array read as flat memory; the caller keeps the array alive."""
+    def generate(context, build, signature, args):
+        data = context.make_array(signature.args[0])(context, build, args[0]).data
+        return build.ptrtoint(build.gep(data, [args[1]]), INDEX)
+    return types.intp(x, types.intp), generate
 
-    a, b, c: arrays of one dtype, read and written as flat memory from element *_start on. a_row, a_step:
-    elements from one row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
+
+@intrinsic
+def pointer(typing, like, address):
+    """An address as a pointer to elements of like's dtype."""
+    def generate(context, build, signature, args):
+        return build.inttoptr(args[1], context.get_value_type(signature.return_type))
+    return types.CPointer(like.dtype)(like, types.intp), generate
+
+
+@intrinsic
+def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, add, wide):
+    """C[ROWS, 2 vectors] = (C if add else 0) + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
+
+    like: any array of the dtype. a, b, c: addresses of the first elements. a_row, a_step: elements from one
+    row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
     """
     n = types.intp
-    signature = types.void(a, n, n, n, b, n, n, c, n, n, n, types.boolean)
+    signature = types.void(like, n, n, n, n, n, n, n, n, types.boolean, types.boolean)
 
     def generate(context, build, signature, args):
-        a, a_start, a_row, a_step, b, b_start, b_step, c, c_start, c_row, k, add = args
+        _, a, a_row, a_step, b, b_step, c, c_row, k, add, wide = args
         real = context.get_value_type(signature.args[0].dtype)
-        a, b, c = (build.gep(context.make_array(t)(context, build, x).data, [start]) for t, x, start in
-                   ((signature.args[0], a, a_start), (signature.args[4], b, b_start),
-                    (signature.args[7], c, c_start)))
-        build.call(_tile_function(build.module, real), [a, a_row, a_step, b, b_step, c, c_row, k, add])
+        a, b, c = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c))
+        with build.if_else(wide) as (then, otherwise):
+            for vectors, branch in ((2, then), (1, otherwise)):
+                with branch:
+                    build.call(_tile_function(build.module, real, vectors),
+                               [a, a_row, a_step, b, b_step, c, c_row, k, add])
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _tile_function(module, real):
+def _tile_function(module, real, vectors):
     """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
     lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
     pointer, flag = real.as_pointer(), ir.IntType(1)
     arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, flag]
     function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}")
+        module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}_{vectors}")
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
@@ -111,8 +130,8 @@ def _tile_function(module, real):
     zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
-    _prefetch_for_writing(module, build, rows_of_c)
-    places = [(i, j) for i in range(ROWS) for j in range(2)]
+    _prefetch_for_writing(module, build, rows_of_c, vectors)
+    places = [(i, j) for i in range(ROWS) for j in range(vectors)]
     build.cbranch(add, load, head)
 
     build.position_at_end(load)
@@ -130,13 +149,13 @@ def _tile_function(module, real):
     p = build.phi(INDEX)
     sums = {place: build.phi(vector) for place in places}
     a_p, b_p = build.gep(a, [build.mul(p, a_step)]), build.gep(b, [build.mul(p, b_step)])
-    b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(2)]
+    b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(vectors)]
     following = {}
     for i in range(ROWS):
         scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
         broadcast = build.shuffle_vector(
             build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first_lane)
-        for j in range(2):
+        for j in range(vectors):
             following[i, j] = build.call(multiply_add, [broadcast, b_vectors[j], sums[i, j]])
     next_p = build.add(p, index(1))
     p.add_incoming(index(0), head)
@@ -223,13 +242,13 @@ def copy_columns(typing, x, x_start, to, to_start):
     return signature, generate
 
 
-def _prefetch_for_writing(module, build, addresses):
+def _prefetch_for_writing(module, build, addresses, vectors):
     """Ask for the lines of C before the loop: asked for by the stores after it, each would be waited for."""
     byte = ir.IntType(8).as_pointer()
     prefetch = cgutils.get_or_insert_function(
         module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
     for address in addresses:
-        for line in range(0, 2 * TARGET.vector_bytes, 64):
+        for line in range(0, vectors * TARGET.vector_bytes, 64):
             at = build.gep(build.bitcast(address, byte), [ir.Constant(INDEX, line)])
             build.call(prefetch, [at, ir.Constant(I32, 1), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,21 @@ from minitensor.tensor import Tensor
 
 def grad_norm(parameters: Iterable[Tensor]) -> float:
     """The Euclidean norm of all gradients taken together, summed in float64."""
-    return math.sqrt(sum(kernels.sum_of_squares(np.ascontiguousarray(p.grad.data))
-                         for p in parameters if p.grad is not None))
+    return math.sqrt(sum(kernels.sum_of_squares([_gradient(p) for p in group])
+                         for group in _by_dtype(p for p in parameters if p.grad is not None)))
+
+
+def _by_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters in groups of one dtype: nearly always one group."""
+    groups: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        groups.setdefault(p.dtype, []).append(p)
+    return list(groups.values())
+
+
+def _gradient(p: Tensor) -> np.ndarray:
+    assert p.grad is not None
+    return np.asarray(p.grad.data, order="C")
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
@@ -96,8 +110,10 @@ class AdamW(_Optimizer):
         norm = None if self.max_norm is None else grad_norm(self.parameters)
         scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         self.steps += 1
-        for p, first, second in zip(self.parameters, self.first, self.second, strict=True):
-            if p.grad is not None:
-                kernels.adamw(p.data, np.asarray(p.grad.data, order="C"), first, second, self.steps, self.lr,
-                              *self.betas, self.eps, self.weight_decay if p.ndim > 1 else 0.0, scale)
+        moments = {id(p): pair for p, *pair in zip(self.parameters, self.first, self.second, strict=True)}
+        for group in _by_dtype(p for p in self.parameters if p.grad is not None):
+            kernels.adamw([p.data for p in group], [_gradient(p) for p in group],
+                          [moments[id(p)][0] for p in group], [moments[id(p)][1] for p in group],
+                          [self.weight_decay if p.ndim > 1 else 0.0 for p in group], self.steps, self.lr,
+                          *self.betas, self.eps, scale)
         return norm

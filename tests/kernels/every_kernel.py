@@ -74,8 +74,9 @@ def cross_entropy(dtype):
 def adamw(dtype):
     p, g, m, v = (normal(N, C, dtype=dtype, seed=seed) for seed in range(4))
     v *= v
-    total = np.array(K.sum_of_squares(g))
-    K.adamw(p, g, m, v, 3, 1e-3, 0.9, 0.99, 1e-8, 0.1, scale=0.5)
+    total = np.array(K.sum_of_squares([g, p]))
+    lists = [[x[:100], x[100:]] for x in (p, g, m, v)]
+    K.adamw(*lists, [0.1, 0.0], 3, 1e-3, 0.9, 0.99, 1e-8, scale=0.5)
     return total, p, m, v
 
 

@@ -26,9 +26,9 @@ with warnings.catch_warnings(record=True) as caught:
     compiled = []
     jit.compiling = compiled.append
     x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(10, 100)
-    results = [kernels.sum_of_squares(x), *map(float, kernels.gelu_forward(x)[:, 33]),
+    results = [kernels.sum_of_squares([x]), *map(float, kernels.gelu_forward(x)[:, 33]),
                *map(float, kernels.cross_entropy_forward(x, np.arange(10))[1].sum(axis=1))]
-    kernels.sum_of_squares(x)
+    kernels.sum_of_squares([x])
 warned = [[w.category.__name__, str(w.message)] for w in caught]
 print(json.dumps([results, compiled, warned, jit.source_hash()]))
 """
@@ -88,7 +88,7 @@ def every_kernel_compiling(every_kernel_cache):
 def expected():
     """What the cheap kernels give in this process."""
     x = np.linspace(-3, 3, 1000, dtype=np.float32).reshape(10, 100)
-    return [kernels.sum_of_squares(x), *map(float, kernels.gelu_forward(x)[:, 33]),
+    return [kernels.sum_of_squares([x]), *map(float, kernels.gelu_forward(x)[:, 33]),
             *map(float, kernels.cross_entropy_forward(x, np.arange(10))[1].sum(axis=1))]
 
 
@@ -118,7 +118,8 @@ def test_a_changed_file_never_runs_stale_code(package, tmp_path, expected):
     assert first[:3] == [expected, NAMES, []]
     softmax = package / "kernels" / "softmax.py"
     original = softmax.read_text()
-    softmax.write_text(original + "\n\n@helper\ndef log_sum_exp(x):\n    return x.dtype.type(20), x.dtype.type(22)\n")
+    softmax.write_text(f"{original}\n\n@helper\ndef log_sum_exp(x):\n"
+                       "    return x.dtype.type(20), x.dtype.type(22)\n")
     results, compiled, _, source_hash = cheap(package, NUMBA_CACHE_DIR=cache)
     assert results[-10:] == [42] * 10 and results[:-10] == expected[:-10]
     assert compiled == NAMES and source_hash != first[3]
@@ -206,7 +207,7 @@ def test_number_of_threads():
             with pytest.raises(ValueError, match=f"set_num_threads: n is {n}; .* 1 to {limit}"):
                 kernels.set_num_threads(n)
         assert kernels.get_num_threads() == limit
-        kernels.sum_of_squares(np.ones(3, np.float32))   # has work for one thread alone
+        kernels.sum_of_squares([np.ones(3, np.float32)])   # has work for one thread alone
         assert kernels.get_num_threads() == limit
     finally:
         kernels.set_num_threads(before)

@@ -468,7 +468,7 @@ def test_adamw(dtype, decay, scale, close):
         q, mean, square = (x.astype(np.float64) for x in (p, m, v))
         for step in range(1, 8):
             given = g.copy()
-            K.adamw(p, g, m, v, step, lr, beta1, beta2, eps, decay, scale)
+            K.adamw([p], [g], [m], [v], [decay], step, lr, beta1, beta2, eps, scale)
             np.testing.assert_array_equal(g, given)
             s = scale * g.astype(np.float64)
             mean, square = beta1 * mean + (1 - beta1) * s, beta2 * square + (1 - beta2) * s * s
@@ -484,22 +484,52 @@ def test_adamw(dtype, decay, scale, close):
 def test_adamw_with_no_gradient_only_decays(dtype, close):
     p, zero = normal(100, dtype=dtype), np.zeros(100, dtype)
     before = p.astype(np.float64)
-    K.adamw(p, zero, zero.copy(), zero.copy(), 1, 0.1, 0.9, 0.99, 1e-8, 0.5)
+    K.adamw([p], [zero], [zero.copy()], [zero.copy()], [0.5], 1, 0.1, 0.9, 0.99, 1e-8)
     close(p, before * (1 - 0.1 * 0.5), np.abs(before), 2)
+
+
+@BOTH
+def test_many_parameters_are_updated_as_each_alone(dtype, same_bits):
+    """Tasks are cut across them: the shapes make three tasks of five parameters."""
+    shapes = [(1,), (150, 150), (0, 3), (7,), (130, 200)]
+
+    def arrays():
+        p, g, m, v = ([normal(*shape, dtype=dtype, seed=seed) for shape in shapes] for seed in range(4))
+        return p, g, m, [x * x for x in v]
+
+    together, apart, decays = arrays(), arrays(), [0.0, 0.1, 0.2, 0.3, 0.4]
+    K.adamw(*together, decays, 3, 1e-3, 0.9, 0.99, 1e-8, 0.5)
+    for *each, decay in zip(*apart, decays, strict=True):
+        K.adamw(*([x] for x in each), [decay], 3, 1e-3, 0.9, 0.99, 1e-8, 0.5)
+    for group, each in zip(together, apart, strict=True):
+        same_bits(group, each)
+    total = sum(math.fsum(g.astype(np.float64).ravel()**2) for g in together[1])
+    assert K.sum_of_squares(together[1]) == pytest.approx(total, rel=1e-13)
+
+
+def test_adamw_refuses_lists_that_differ():
+    with pytest.raises(TypeError, match="adamw: parameters is a ndarray; it must be a list of arrays"):
+        K.adamw(X, [X], [X], [X], [0.0], 1, 1e-3, 0.9, 0.99, 1e-8)
+    with pytest.raises(ValueError, match="adamw: gradients holds 2 arrays; there are 1 parameters"):
+        K.adamw([X], [X, X], [X], [X], [0.0], 1, 1e-3, 0.9, 0.99, 1e-8)
+    with pytest.raises(ValueError, match="adamw: decays holds 2 numbers; there are 1 parameters"):
+        K.adamw([X], [X], [X], [X], [0.0, 0.0], 1, 1e-3, 0.9, 0.99, 1e-8)
+    K.adamw([], [], [], [], [], 1, 1e-3, 0.9, 0.99, 1e-8)
+    assert K.sum_of_squares([]) == 0
 
 
 @BOTH
 def test_sum_of_squares(dtype):
     for shape in [*SHAPES, *EMPTY, (5, 3, 33), ()]:
         x = normal(*shape, dtype=dtype)
-        assert K.sum_of_squares(x) == pytest.approx(math.fsum(x.astype(np.float64).ravel()**2), rel=1e-13)
-    assert isinstance(K.sum_of_squares(x), float)
+        assert K.sum_of_squares([x]) == pytest.approx(math.fsum(x.astype(np.float64).ravel()**2), rel=1e-13)
+    assert isinstance(K.sum_of_squares([x]), float)
     huge = np.full(5, np.finfo(np.float32).max, dtype)
-    assert K.sum_of_squares(huge) == pytest.approx(5 * float(huge[0])**2)      # added up in float64
+    assert K.sum_of_squares([huge]) == pytest.approx(5 * float(huge[0])**2)      # added up in float64
     for value in (NAN, INF, -INF):
         x = np.ones(1025, dtype)
         x[1000] = value
-        np.testing.assert_equal(K.sum_of_squares(x), value * value)
+        np.testing.assert_equal(K.sum_of_squares([x]), value * value)
 
 
 # ---- what holds for all ------------------------------------------------------------------------------------
@@ -547,10 +577,10 @@ ARGUMENTS = [
     (K.embedding_forward, {"ids": IDS, "weight": X}, {"ids": [(2, 2)], "weight": [(3,)]}),
     (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS},
      {"dy": [(4,)], "ids": [(3,), (5,)]}),
-    (K.sum_of_squares, {"x": X}, {}),
-    (lambda *arrays: K.adamw(*arrays, 1, 1e-3, 0.9, 0.9, 1e-8, 0),
-     {"parameter": X, "gradient": X, "first": X, "second": X},
-     {"gradient": [(3, 4)], "first": [(12,)], "second": [(4,)]}),
+    (lambda x: K.sum_of_squares([X, x]), {"arrays": X}, {}),
+    (lambda *arrays: K.adamw(*([x] for x in arrays), [0.0], 1, 1e-3, 0.9, 0.9, 1e-8),
+     {"parameters": X, "gradients": X, "firsts": X, "seconds": X},
+     {"gradients": [(3, 4)], "firsts": [(12,)], "seconds": [(4,)]}),
     (lambda qkv: K.attention_forward(qkv, 1), {"qkv": np.ones((2, 4, 3))}, {"qkv": [(4, 3), (2, 4, 4)]}),
     (lambda *arrays: K.attention_backward(*arrays, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
      {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)],
@@ -562,7 +592,7 @@ WRONG = [pytest.param(*case, name, id=f"{i}-{name}") for i, case in enumerate(AR
 @pytest.mark.parametrize(("kernel", "arguments", "wrong_shapes", "name"), WRONG)
 def test_wrong_arguments_are_refused_by_name(kernel, arguments, wrong_shapes, name):
     def refused(error, wrong, named=name):
-        with pytest.raises(error, match=rf"^\w+: ({named}) "):
+        with pytest.raises(error, match=rf"^\w+: ({named})(\[\d\])? "):
             kernel(*({key: x.copy() for key, x in arguments.items()} | {name: wrong}).values())
 
     right = arguments[name]
