@@ -60,7 +60,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
     add("--out", metavar="FOLDER", type=Path, default=Path("out/shakespeare"), help="results go here")
     add("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
     add("--threads", metavar="N", type=int, help="threads to compute with (all)")
-    add("--precision", choices=["highest"], default="highest", help="of products: float32")
+    add("--precision", choices=["highest", "bf16"], default="highest",
+        help="of products: float32, or operands rounded to bfloat16 where the CPU can (highest)")
     options = parser.parse_args(arguments)
     names = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(options).items() if name in names}
@@ -84,6 +85,10 @@ def _main(arguments: list[str] | None) -> int:
             kernels.set_num_threads(options.threads)
         except ValueError as error:
             raise BadInput(f"--threads: {error}") from error
+    try:
+        kernels.set_matmul_precision(options.precision)
+    except RuntimeError as error:
+        print(f"note: {error}; going on in float32", file=sys.stderr)
     text = find_text(options.data)
     tokenizer = CharTokenizer.from_text(text.text)
     train_ids, val_ids = split(tokenizer.encode(text.text))
@@ -115,7 +120,9 @@ def _make_writable(folder: Path) -> None:
 def _describe(config: Config, text: Text, tokenizer: CharTokenizer, model: GPT, train: int, val: int) -> None:
     print(f"data     {text.name}: {train + val:,} characters, {len(tokenizer)} symbols; "
           f"{train:,} to train on, {val:,} to validate on\n         from {text.source}")
-    print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads")
+    products = {"highest": "float32", "bf16": "bfloat16"}[kernels.get_matmul_precision()]
+    print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads, "
+          f"products in {products}")
     print(f"model    {sum(p.size for p in model.parameters()):,} parameters: {config.layers} layers, "
           f"{config.heads} heads, width {config.width}, context {config.context}")
     print(f"run      {config.steps:,} steps of {config.batch} x {config.context} characters, "

@@ -12,7 +12,7 @@ from kernels.embedding import embedding_backward, embedding_forward
 from kernels.gelu import gelu_backward, gelu_forward
 from kernels.jit import get_num_threads, set_num_threads
 from kernels.layernorm import layernorm_backward, layernorm_forward
-from kernels.matmul import column_sum, linear_forward, matmul
+from kernels.matmul import column_sum, get_matmul_precision, linear_forward, matmul, set_matmul_precision
 from kernels.softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
 
 __all__ = [  # noqa: RUF022 (in the order of a step)
@@ -25,5 +25,5 @@ __all__ = [  # noqa: RUF022 (in the order of a step)
     "dropout", "dropout_mask", "flat_mask", "keep_below",
     "cross_entropy_forward", "cross_entropy_backward",
     "sum_of_squares", "adamw",
-    "set_num_threads", "get_num_threads",
+    "set_matmul_precision", "get_matmul_precision", "set_num_threads", "get_num_threads",
 ]  # fmt: skip

@@ -272,7 +272,7 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
             if j < i + ROWS + diagonal:
                 register_tile(c, address(a, a_start + i * a_row), a_row, 1,
                               address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, False, True)
+                              address(c, i * c_row + j), c_row, depth, False, True, False)
 
 
 @mover
@@ -284,7 +284,7 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
         for d in range(0, width, tile):
             if n > 0:
                 register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              address(c, c_start + i * width + d), width, n, True, True)
+                              address(c, c_start + i * width + d), width, n, True, True, False)
 
 
 @mover
@@ -297,7 +297,7 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
             if first < rows:
                 register_tile(c, address(a, first * a_row + j), 1, a_row,
                               address(b, b_start + first * width + d), width,
-                              address(c, j * width + d), width, rows - first, True, True)
+                              address(c, j * width + d), width, rows - first, True, True, False)
 
 
 @mover

@@ -1,6 +1,7 @@
 """What the CPU offers, and the sizes that follow from it."""
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -11,17 +12,31 @@ class Target(NamedTuple):
     name: str
     vector_bytes: int      # width of a vector register
     rows: int              # height of the matmul's register tile: rows x 2 vectors of sums fit the registers
+    bf16: bool             # products of pairs of bfloat16, added up in float32
 
 
-def _detect() -> Target:
+def targets() -> dict[str, Target]:
+    """What this machine can run, the best first, by the names that MINITENSOR_CPU takes."""
     features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return Target("AVX-512", 64, 14)       # 32 registers: 28 sums, 2 of B, 1 of A
-    if features.get("avx2") and features.get("fma"):
-        return Target("AVX2", 32, 6)           # 16 registers: 12 sums, 2 of B, 1 of A
-    if features.get("neon"):
-        return Target("NEON", 16, 14)          # 32 registers
-    return Target("128-bit vectors", 16, 6)
+    found = {}
+    if features.get("avx512f"):                                # 32 registers: 28 sums, 2 of B, 1 of A
+        if features.get("avx512bf16"):
+            found["avx512bf16"] = Target("AVX-512 with bfloat16", 64, 14, True)
+        found["avx512"] = Target("AVX-512", 64, 14, False)
+    if features.get("avx2") and features.get("fma"):           # 16 registers: 12 sums, 2 of B, 1 of A
+        found["avx2"] = Target("AVX2", 32, 6, False)
+    if features.get("neon"):                                   # 32 registers
+        found["neon"] = Target("NEON", 16, 14, False)
+    return found | {"128": Target("128-bit vectors", 16, 6, False)}
 
 
-TARGET = _detect()
+def _choose() -> Target:
+    """The best target, or that of the environment variable MINITENSOR_CPU, so that each can be tested."""
+    found = targets()
+    name = os.environ.get("MINITENSOR_CPU") or next(iter(found))
+    if name not in found:
+        raise ImportError(f"MINITENSOR_CPU is {name!r}; this machine can run {', '.join(found)}")
+    return found[name]
+
+
+TARGET = _choose()

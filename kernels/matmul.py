@@ -10,6 +10,7 @@ runs in the same order however C is cut up, so the bits do not depend on the num
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 from numba import prange
@@ -19,7 +20,7 @@ from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, mover
-from kernels.pack import pack_columns, pack_transposed
+from kernels.pack import pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
 from kernels.simd import ROWS, address, columns, out_of_line, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
@@ -31,6 +32,32 @@ SAME_SET = 4096             # rows a multiple of so many bytes apart share sets 
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+
+
+class _State(threading.local):
+    """What a thread asked for."""
+    precision = "highest"
+
+
+_state = _State()
+
+
+def set_matmul_precision(precision: str) -> None:
+    """How this thread multiplies float32: "highest" in float32, "bf16" with operands rounded to bfloat16.
+
+    Sums are float32 either way, and float64 is not touched. RuntimeError where the CPU has no such products.
+    """
+    if precision not in ("highest", "bf16"):
+        raise ValueError(f"set_matmul_precision: precision is {precision!r}; it must be 'highest' or 'bf16'")
+    if precision == "bf16" and not TARGET.bf16:
+        raise RuntimeError(f"set_matmul_precision: this CPU ({TARGET.name}) has no products in bfloat16; "
+                           "'highest' works everywhere")
+    _state.precision = precision
+
+
+def get_matmul_precision() -> str:
+    """What `set_matmul_precision` was given in this thread: "highest" if nothing."""
+    return _state.precision
 
 
 def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False) -> np.ndarray:
@@ -85,31 +112,39 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
 def column_sum(x: np.ndarray) -> np.ndarray:
     """The sum of the rows of x (N, C) -> (C,)."""
     check("column_sum", "x", x, (None, None))
-    return matmul(np.ones((1, len(x)), x.dtype), x)[0]
+    total = memory.empty((1, 1, x.shape[1]), x.dtype)
+    if total.size:
+        _product(np.ones((1, 1, len(x)), x.dtype), x[None], total, len(x), False, False, exact=True)
+    return total[0, 0]
 
 
-def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False):
-    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one."""
+def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False, exact=False):
+    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one.
+
+    exact: in the arrays' own precision, whatever `set_matmul_precision` says.
+    """
     count, m, n = c.shape
+    bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
     width, height = columns(c.dtype), -(-m // ROWS)
-    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in even parts
+    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in like parts,
+    depth += depth % 2 if bf16 else 0                                                     # of whole pairs
     wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
     blocks = -(-height // BLOCK_M)
     chunks = max(1, min(panels, wanted // blocks))
     blocks = max(blocks, min(height, -(-wanted // chunks)))
     # A is read where it is, but for the rows of a last, partial tile.
-    first_copied = m // ROWS if a.strides[1] % SAME_SET else 0
+    first_copied = m // ROWS if a.strides[1] % SAME_SET and not bf16 else 0
     size_a, size_b = ROWS * (depth + PAD), depth * width
     packed_a = memory.empty(len(a) * (height - first_copied) * size_a, c.dtype)
     packed_b = memory.empty(len(b) * panels * size_b, c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           (blocks, chunks, width, first_copied, depth, size_a, size_b), packed_a, packed_b,
+           (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, packed_a, packed_b,
            none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, packed_a, packed_b, bias, activated,
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed_a, packed_b, bias, activated,
               approximate, tasks):
     blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
@@ -123,11 +158,11 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, packed_a, pa
                 task = np.int64(index)
                 if task < batch_b * panels:
                     pack_b(b, packed_b, task // panels, task % panels, n0, n, k0, k, depth, width, size_b,
-                           transpose_b)
+                           transpose_b, bf16)
                 else:
                     tile = task - batch_b * panels
                     pack_a(a[tile // copied], packed_a, tile, first_copied + tile % copied, m, k0, depth,
-                           size_a, transpose_a)
+                           size_a, transpose_a, bf16)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
@@ -137,31 +172,39 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, packed_a, pa
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
                 multiply_block(a[batch_a], packed_a, (batch_a * copied - first_copied) * size_a, first_copied,
                                size_a, packed_b, (batch * panels if batch_b > 1 else 0) * size_b, size_b,
-                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a)
+                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a, bf16)
                 if k0 + depth == k and (bias.size or len(activated)):
                     finish_block(c[batch], bias, activated[batch:batch + 1], approximate, i0 * ROWS,
                                  min(m, i1 * ROWS), n0 + first * width, min(n, n0 + last * width))
 
 
 @mover
-def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed):
+def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed, bf16):
     """A panel of one matrix of B: see `kernels.pack`."""
     out_of_line()
     j = n0 + panel * width
     to = (batch * ((min(BLOCK_N, n - n0) + width - 1) // width) + panel) * size
-    if transposed:
-        pack_transposed(b, (batch * n + j) * k + k0, k, min(width, n - j), depth, packed, to, width)
+    start, stride = ((batch * n + j) * k + k0, k) if transposed else ((batch * k + k0) * n + j, n)
+    if transposed and bf16:
+        pair_transposed(b, start, stride, min(width, n - j), depth, packed, to, width)
+    elif transposed:
+        pack_transposed(b, start, stride, min(width, n - j), depth, packed, to, width)
+    elif bf16:
+        pair_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
     else:
-        pack_columns(b, (batch * k + k0) * n + j, n, min(width, n - j), depth, packed, to, width)
+        pack_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
 
 
 @mover
-def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed):
+def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed, bf16):
     """The rows of one register tile of op(A): k by k if transposed, else row by row."""
     out_of_line()
     i0, rows = tile * ROWS, min(ROWS, m - tile * ROWS)
     to = packed[slot * size:(slot + 1) * size]
-    if transposed and rows == ROWS:
+    flat = a.reshape(-1)
+    if transposed and bf16:
+        pair_columns(flat, k0 * m + i0, m, rows, depth, packed, slot * size, ROWS)
+    elif transposed and rows == ROWS:
         for p in range(depth):
             row, panel = a[k0 + p, i0:i0 + ROWS], to[p * ROWS:(p + 1) * ROWS]
             for i in range(ROWS):
@@ -171,14 +214,17 @@ def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed):
             for i in range(ROWS):
                 to[p * ROWS + i] = a[k0 + p, i0 + i] if i < rows else 0
     else:
+        deep = (depth + 1) // 2 if bf16 else depth
         for i in range(ROWS):
-            copy = to[i * (depth + PAD):i * (depth + PAD) + depth]
-            if i < rows:
+            copy = to[i * (deep + PAD):i * (deep + PAD) + deep]
+            if i >= rows:
+                copy[:] = 0
+            elif bf16:
+                pair_row(a[i0 + i, k0:k0 + depth], copy)
+            else:
                 row = a[i0 + i, k0:k0 + depth]
                 for p in range(depth):
                     copy[p] = row[p]
-            else:
-                copy[:] = 0
 
 
 @helper
@@ -195,9 +241,9 @@ def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
 
 @helper
 def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, c, i0, i1, k0, depth, n0,
-                   width, first, last, transposed):
+                   width, first, last, transposed, bf16):
     """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
-    (m, n), add = c.shape, k0 > 0
+    (m, n), add, deep = c.shape, k0 > 0, (depth + 1) // 2 if bf16 else depth
     edge = np.empty((ROWS, width), c.dtype)
     for panel in range(first, last):
         j = n0 + panel * width
@@ -211,12 +257,13 @@ def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_
             elif transposed:
                 a_at, row, step = address(packed_a, start_a + tile * size_a), 1, ROWS
             else:
-                a_at, row, step = address(packed_a, start_a + tile * size_a), depth + PAD, 1
+                a_at, row, step = address(packed_a, start_a + tile * size_a), deep + PAD, 1
             if i + ROWS <= m and j + width <= n:
-                register_tile(c, a_at, row, step, b_at, width, address(c, i * n + j), n, depth, add, True)
+                register_tile(c, a_at, row, step, b_at, width, address(c, i * n + j), n, deep, add, True,
+                              bf16)
             else:
-                register_tile(c, a_at, row, step, b_at, width, address(edge, 0), width, depth, False,
-                              2 * (n - j) > width)
+                register_tile(c, a_at, row, step, b_at, width, address(edge, 0), width, deep, False,
+                              2 * (n - j) > width, bf16)
                 for r in range(min(ROWS, m - i)):
                     for s in range(min(width, n - j)):
                         c[i + r, j + s] = edge[r, s] + (c[i + r, j + s] if add else 0)

@@ -1,8 +1,14 @@
-"""Copies of B into panels as wide as the register tile: for each k the columns of the panel side by side."""
+"""Copies of operands into the order in which the register tile reads them.
+
+A panel of B is as wide as the tile: for each k its columns side by side. For products in bfloat16 an element
+of a copy is a pair: the values of two successive k, rounded, in the halves of a float32.
+"""
 from __future__ import annotations
 
-from kernels.jit import mover
-from kernels.simd import copy_columns, out_of_line, transpose_block
+import numpy as np
+
+from kernels.jit import exact, mover
+from kernels.simd import bits, copy_columns, from_bits, out_of_line, transpose_block
 
 
 @mover
@@ -35,3 +41,55 @@ def pack_transposed(x, start, stride, count, depth, to, to_start, width):
     for p in range(depth):
         for j in range(count, width):
             to[to_start + p * width + j] = 0
+
+
+@exact
+def pair(low, high):
+    """Two float32 as bfloat16, rounded to nearest even, in the low and the high half of a float32."""
+    return from_bits((rounded(low) >> np.int32(16)) & np.int32(0xFFFF) | rounded(high) & np.int32(-65536))
+
+
+@exact
+def rounded(x):
+    """The bits of x, of which the upper half is x as a bfloat16; NaN stays NaN."""
+    n = bits(np.float32(x))                  # (float64 is compiled along, and never run)
+    return n + np.int32(0x7FFF) + (n >> np.int32(16) & np.int32(1)) if x == x else n | np.int32(0x400000)
+
+
+@mover
+def pair_row(row, to):
+    """to[p] = (row[2 p], row[2 p + 1]), and 0 for what is beyond the end."""
+    out_of_line()
+    whole = row.size // 2
+    for p in range(whole):
+        to[p] = pair(row[2 * p], row[2 * p + 1])
+    if row.size % 2:
+        to[whole] = pair(row[row.size - 1], np.float32(0))
+
+
+@mover
+def pair_columns(x, start, stride, count, depth, to, to_start, width):
+    """As `pack_columns`, in pairs of rows."""
+    out_of_line()
+    for p in range((depth + 1) // 2):
+        low = x[start + 2 * p * stride:start + 2 * p * stride + count]
+        panel = to[to_start + p * width:to_start + (p + 1) * width]
+        if 2 * p + 1 < depth:
+            high = x[start + (2 * p + 1) * stride:start + (2 * p + 1) * stride + count]
+            for j in range(count):
+                panel[j] = pair(low[j], high[j])
+        else:
+            for j in range(count):
+                panel[j] = pair(low[j], np.float32(0))
+        panel[count:] = 0
+
+
+@mover
+def pair_transposed(x, start, stride, count, depth, to, to_start, width):
+    """As `pack_transposed`, in pairs: the pairs of each column first, then as there."""
+    out_of_line()
+    pairs = (depth + 1) // 2
+    columns = np.empty(count * pairs, to.dtype)
+    for j in range(count):
+        pair_row(x[start + j * stride:start + j * stride + depth], columns[j * pairs:(j + 1) * pairs])
+    pack_transposed(columns, 0, pairs, count, pairs, to, to_start, width)

@@ -78,36 +78,54 @@ def pointer(typing, like, address):
 
 
 @intrinsic
-def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, add, wide):
+def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, add, wide, bf16):
     """C[ROWS, 2 vectors] = (C if add else 0) + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
 
     like: any array of the dtype. a, b, c: addresses of the first elements. a_row, a_step: elements from one
     row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
+    bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
+    C and a CPU that has such products only).
     """
-    n = types.intp
-    signature = types.void(like, n, n, n, n, n, n, n, n, types.boolean, types.boolean)
+    n, flag = types.intp, types.boolean
+    signature = types.void(like, n, n, n, n, n, n, n, n, flag, flag, flag)
 
     def generate(context, build, signature, args):
-        _, a, a_row, a_step, b, b_step, c, c_row, k, add, wide = args
+        _, a, a_row, a_step, b, b_step, c, c_row, k, add, wide, bf16 = args
         real = context.get_value_type(signature.args[0].dtype)
         a, b, c = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c))
-        with build.if_else(wide) as (then, otherwise):
-            for vectors, branch in ((2, then), (1, otherwise)):
-                with branch:
-                    build.call(_tile_function(build.module, real, vectors),
+        for pairs in [False, True][:1 + (TARGET.bf16 and real == ir.FloatType())]:
+            for vectors in (1, 2):
+                wanted = build.and_(wide if vectors == 2 else build.not_(wide),
+                                    bf16 if pairs else build.not_(bf16))
+                with build.if_then(wanted):
+                    build.call(_tile_function(build.module, real, vectors, pairs),
                                [a, a_row, a_step, b, b_step, c, c_row, k, add])
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _tile_function(module, real, vectors):
+class _BFloat(ir.Type):
+    """bfloat16, which llvmlite does not name."""
+
+    def __str__(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+def _tile_function(module, real, vectors, pairs):
     """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
     lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
     pointer, flag = real.as_pointer(), ir.IntType(1)
     arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, flag]
     function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), arguments), f"register_tile_{real}_{vectors}")
+        module, ir.FunctionType(ir.VoidType(), arguments),
+        f"register_tile_{'bf16' if pairs else real}_{vectors}")
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
@@ -115,8 +133,6 @@ def _tile_function(module, real, vectors):
     a, a_row, a_step, b, b_step, c, c_row, k, add = function.args
     vector = ir.VectorType(real, lanes)
     align = TARGET.vector_bytes // lanes
-    multiply_add = cgutils.get_or_insert_function(
-        module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f{8 * align}")
     start, load, head, loop, store = (function.append_basic_block(name) for name in
                                       ("start", "load", "head", "k", "store"))
     build = ir.IRBuilder(start)
@@ -126,6 +142,16 @@ def _tile_function(module, real, vectors):
 
     def vector_at(p, j):
         return build.bitcast(build.gep(p, [index(j * lanes)]), vector.as_pointer())
+
+    def multiply_add(x, y, z):
+        if not pairs:
+            fma = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector] * 3),
+                                                 f"llvm.fmuladd.v{lanes}f{8 * align}")
+            return build.call(fma, [x, y, z])
+        halves = ir.VectorType(_BFloat(), 2 * lanes)
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * TARGET.vector_bytes}"
+        dot = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector, halves, halves]), name)
+        return build.call(dot, [z, build.bitcast(x, halves), build.bitcast(y, halves)])
 
     zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
@@ -156,7 +182,7 @@ def _tile_function(module, real, vectors):
         broadcast = build.shuffle_vector(
             build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first_lane)
         for j in range(vectors):
-            following[i, j] = build.call(multiply_add, [broadcast, b_vectors[j], sums[i, j]])
+            following[i, j] = multiply_add(broadcast, b_vectors[j], sums[i, j])
     next_p = build.add(p, index(1))
     p.add_incoming(index(0), head)
     p.add_incoming(next_p, loop)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kernels
 from gpt import command
 from gpt.checkpoint import load, load_model
 from gpt.data import find_text
 from gpt.verse import verse
+from kernels.cpu import TARGET
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "6",
@@ -67,6 +69,24 @@ def test_another_seed_gives_another_run(text, tmp_path):
         != (tmp_path / "2" / "checkpoint.safetensors").read_bytes()
 
 
+def test_bf16_trains_where_the_cpu_can_and_says_so_where_not(text, tmp_path, capsys):
+    try:
+        assert train(text, tmp_path / "bf16", "--precision", "bf16") == 0
+    finally:
+        kernels.set_matmul_precision("highest")
+    said = capsys.readouterr()
+    if TARGET.bf16:
+        assert "products in bfloat16" in said.out and not said.err
+    else:
+        assert "products in float32" in said.out and "no products in bfloat16" in said.err
+        assert said.err.count("\n") == 1
+    assert train(text, tmp_path / "float32") == 0
+    assert "products in float32" in capsys.readouterr().out
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+            for name in ("bf16", "float32")]
+    assert last[0] == pytest.approx(last[1], abs=0.02)
+
+
 BAD = {
     "missing text": (["--data", "{tmp}/none.txt"], "no such file"),
     "empty text": (["--data", "{tmp}/empty.txt"], "is empty"),
@@ -83,7 +103,7 @@ BAD = {
     "unknown flag": (["--depth", "4"], "unrecognized arguments: --depth 4"),
     "abbreviated flag": (["--lay", "4"], "unrecognized arguments: --lay 4"),
     "unknown recipe": (["--recipe", "cake"], "invalid choice: 'cake'"),
-    "precision": (["--precision", "bf16"], "invalid choice: 'bf16'"),
+    "precision": (["--precision", "half"], "invalid choice: 'half'"),
     "threads": (["--threads", "0"], "--threads: "),
     "sample": (["--sample", "-1"], "--sample is -1; it must be at least 0"),
     "out": (["--out", "{tmp}/empty.txt/run"], "which cannot be written"),

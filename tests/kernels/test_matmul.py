@@ -1,6 +1,7 @@
 """Matrix products against numpy in float64: all remainders, transposed, batched, with bias and activation."""
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,16 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
+from kernels.cpu import TARGET
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ODD = (1, 2, 3, 31, 33, 65, 127)
 # A Latin square: every pair of sizes for M and K, K and N, M and N.
 SQUARE = [(m, ODD[(i + j) % len(ODD)], n) for i, m in enumerate(ODD) for j, n in enumerate(ODD)]
-# Around what the kernel cuts K (256), N (4096) and M (16 register tiles of 6 or 14 rows) into.
+# Around what the kernel cuts K (384 or 512), N (4096) and M (16 register tiles of 6 or 14 rows) into, and
+# rows that lie a multiple of 4096 bytes apart.
 EDGES = [(m, 9, 40) for m in (5, 6, 7, 13, 14, 15, 95, 96, 97, 223, 224, 225)]
-EDGES += [(9, k, 40) for k in (255, 256, 257, 511, 512, 513)]
+EDGES += [(9, k, 40) for k in (383, 384, 385, 511, 512, 513, 1023, 1024, 1025)]
 EDGES += [(3, 5, n) for n in (4095, 4096, 4097, 8191, 8193)] + [(15, 257, 4097), (9, 600, 5000)]
-LARGE = [(1025, 33, 65), (33, 1025, 65), (33, 65, 1025)]
+LARGE = [(1025, 33, 65), (33, 1025, 65), (33, 65, 1025), (1024, 9, 33), (31, 1024, 33)]
 
 
 def normal(*shape, dtype=np.float64, seed=0):
@@ -220,3 +223,92 @@ def test_linear_names_the_wrong_argument():
             (TypeError, "bias", (x, weight, bias.astype(np.float32)))]:
         with pytest.raises(error, match=f"linear_forward: {name} "):
             kernels.linear_forward(*arguments)
+
+
+# ---- products in bfloat16 ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def bf16():
+    """float32 is multiplied in bfloat16 while the test runs."""
+    if not TARGET.bf16:
+        pytest.skip(f"this CPU ({TARGET.name}) has no products in bfloat16")
+    kernels.set_matmul_precision("bf16")
+    yield
+    kernels.set_matmul_precision("highest")
+
+
+def as_bf16(x):
+    """x rounded to bfloat16, to nearest even, in float64: what a product is made of."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_bf16_rounds_the_operands_and_nothing_else(transpose_a, transpose_b, bf16, close):
+    for m, k, n in [*SQUARE, *EDGES, *LARGE]:
+        a, b = normal(m, k, dtype=np.float32), normal(k, n, dtype=np.float32, seed=1)
+        check_product(close, product(a, b, transpose_a, transpose_b), as_bf16(a), as_bf16(b))
+
+
+def test_bf16_is_within_a_256th_of_each_product(bf16, close):
+    """Two roundings to 8 bits: relative 2**-8 together, for each of the products that are added up."""
+    a, b = normal(65, 300, dtype=np.float32), normal(300, 70, dtype=np.float32, seed=1)
+    error = np.abs(kernels.matmul(a, b) - a.astype(np.float64) @ b.astype(np.float64))
+    assert np.all(error <= (np.abs(a) @ np.abs(b)) * (2**-8 + 1e-4))
+    assert error.max() > 1e-3                                             # and it was not float32
+
+
+def test_bf16_leaves_float64_and_column_sums_alone(bf16, close, same_bits):
+    a, b = normal(40, 33), normal(33, 50)
+    check_product(close, kernels.matmul(a, b), a, b)
+    x = normal(300, 33, dtype=np.float32)
+    total = kernels.column_sum(x)
+    kernels.set_matmul_precision("highest")
+    same_bits([total], [kernels.column_sum(x)])
+
+
+def test_bf16_batches_and_epilogue(bf16, close):
+    a, b = normal(5, 20, 31, dtype=np.float32), normal(5, 31, 40, dtype=np.float32)
+    check_product(close, kernels.matmul(a, b), as_bf16(a), as_bf16(b))
+    x, weight = a[0], np.ascontiguousarray(b[0].T)
+    bias = normal(40, dtype=np.float32)
+    y, before = kernels.linear_forward(x, weight, bias, False)
+    close(before, as_bf16(x) @ as_bf16(weight).T + bias, np.abs(x) @ np.abs(weight.T) + np.abs(bias), 34)
+    np.testing.assert_array_equal(y, kernels.gelu_forward(before))
+
+
+def test_bf16_same_bits_on_one_and_two_threads(bf16, one_and_two_threads, same_bits):
+    a, b = normal(200, 700, dtype=np.float32), normal(700, 300, dtype=np.float32)
+    same_bits(*one_and_two_threads(lambda: [kernels.matmul(a, b)]))
+
+
+@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF])
+def test_bf16_keeps_nan_and_infinity(bits, bf16):
+    """NaNs of which only low bits tell them from infinity too."""
+    value = np.array([bits], np.uint32).view(np.float32)[0]
+    a, b = np.ones((17, 35), np.float32), np.ones((35, 40), np.float32)
+    a[3, 34] = value
+    for c in (product(a, b, False, False), product(a, b, True, True),
+              product(swapped(b), swapped(a), False, True).T):
+        np.testing.assert_array_equal(c[3], np.full(40, value))
+        assert np.all(np.delete(c, 3, 0) == 35)
+
+
+def test_precision_is_a_threads_own_and_is_checked():
+    with pytest.raises(ValueError, match="precision is 'medium'; it must be 'highest' or 'bf16'"):
+        kernels.set_matmul_precision("medium")
+    if not TARGET.bf16:
+        with pytest.raises(RuntimeError, match="has no products in bfloat16"):
+            kernels.set_matmul_precision("bf16")
+        return
+    kernels.set_matmul_precision("bf16")
+    try:
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(kernels.get_matmul_precision()))
+        thread.start()
+        thread.join()
+        assert elsewhere == ["highest"] and kernels.get_matmul_precision() == "bf16"
+    finally:
+        kernels.set_matmul_precision("highest")
