@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +19,14 @@ import kernels
 import minitensor as mt
 from gpt.config import RECIPES, Config
 from gpt.data import Text, check_length, find_text, split
-from gpt.errors import BadInput
+from gpt.errors import BadInput, Diverged
 from gpt.generate import generate
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer
 from gpt.train import Evaluation, train
 from kernels.cpu import TARGET
 
-INTERRUPTED = 130
+DIVERGED, INTERRUPTED = 3, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,12 +37,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Any, arguments: list[str] | None) -> int:
-    """The exit code of a command: 2, after one line that says why, where the user's input cannot be used."""
+    """A command's exit code; after one line of why 2 for input that cannot be used, 3 if diverged."""
     try:
         return command(arguments)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
@@ -101,11 +106,23 @@ def _main(arguments: list[str] | None) -> int:
     results = Results(options.out, config, model, tokenizer, options.sample)
     try:
         train(model, config, train_ids, val_ids, results.after_step, results.after_evaluation)
+        results.finish()
     except KeyboardInterrupt:
         results.interrupted()
         return INTERRUPTED
-    results.finish()
+    finally:
+        results.close()
+        kernels.set_matmul_precision("highest")
     return 0
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk, say, ends the run in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _make_writable(folder: Path) -> None:
@@ -137,7 +154,6 @@ class Results:
         self.folder, self.config, self.model = folder, config, model
         self.tokenizer, self.characters = tokenizer, characters
         self.steps, self.evaluations = 0, list[Evaluation]()
-        (folder / "metrics.jsonl").write_text("")
         self.bar = tqdm(
             total=config.steps, unit=" steps", dynamic_ncols=True, disable=None,
             bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}")
@@ -172,7 +188,8 @@ class Results:
         self.bar.write(f"step {evaluation.step:6,}   train {evaluation.train_loss:.4f}   validation "
                        f"{evaluation.val_loss:.4f} nats/character   {evaluation.seconds:.0f} s   "
                        f"{evaluation.tokens_per_s:,.0f} tokens/s")
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        with _writing(path), open(path, "w" if len(self.evaluations) == 1 else "a") as file:
             file.write(json.dumps(evaluation._asdict()) + "\n")
         self.save()
 
@@ -184,6 +201,9 @@ class Results:
     def interrupted(self) -> None:
         """Keep what there is."""
         self.bar.close()
+        if not self.steps:
+            print("interrupted before the first step; nothing was written")
+            return
         self.save()
         print(f"interrupted after {self.steps:,} steps; "
               f"the model is in {self.folder / 'checkpoint.safetensors'}")
@@ -191,14 +211,22 @@ class Results:
     def finish(self) -> None:
         """Draw the curves, write a sample, and say where everything is."""
         self.bar.close()
-        plot(self.evaluations, self.folder / "loss.png")
+        with _writing(self.folder / "loss.png"):
+            plot(self.evaluations, self.folder / "loss.png")
         newline = "\n" in self.tokenizer.vocabulary
         start = self.tokenizer.encode("\n") if newline else np.zeros(1, np.int32)
         ids = generate(self.model, start, self.characters, seed=self.config.seed)
         sample = self.tokenizer.decode(ids[1:])
-        (self.folder / "sample.txt").write_text(sample, encoding="utf-8", newline="")
+        with _writing(self.folder / "sample.txt"):
+            (self.folder / "sample.txt").write_text(sample, encoding="utf-8", newline="")
         print(f"\n{sample}\n")
         print(f"in {self.folder}: checkpoint.safetensors, metrics.jsonl, loss.png, sample.txt")
+
+
+    def close(self) -> None:
+        """Let go of the terminal."""
+        self.bar.close()
+        kernels.jit.compiling = None
 
 
 def plot(evaluations: list[Evaluation], path: Path) -> None:

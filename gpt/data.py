@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import secrets
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -55,8 +56,7 @@ def find_text(path: str | PathLike[str] | None = None, *, download: bool = True,
             return _from_file(file, f"file {str(file)!r}, from $MINITENSOR_DATA")
         except BadInput as error:
             raise BadInput(f"$MINITENSOR_DATA is {named!r}: {error}") from error
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cached = Path(cache, "minitensor", "tinyshakespeare.txt")
+    cached = Path(user_cache(), "tinyshakespeare.txt")
     try:
         content = cached.read_bytes()
         if _is_tinyshakespeare(content):
@@ -79,6 +79,12 @@ def find_text(path: str | PathLike[str] | None = None, *, download: bool = True,
     except OSError as error:
         kept = f"not kept, because {str(cached)!r} cannot be written: {error.strerror}"
     return Text(content.decode(), "tinyshakespeare", f"downloaded from {url}, {kept}", True)
+
+
+def user_cache() -> Path:
+    """The folder for what is fetched once; for a user without a home a temporary one of this process."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache if os.path.isabs(cache) else tempfile.mkdtemp(), "minitensor")
 
 
 def _is_tinyshakespeare(content: bytes) -> bool:

@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 
-import minitensor as mt
 from gpt.errors import BadInput
-from gpt.model import GPT
+from gpt.model import GPT, evaluating
 
 
 def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, top_k: int | None = None,
@@ -21,18 +20,17 @@ def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, 
         raise BadInput(f"--temperature is {temperature}; it must be 0 or a positive number")
     if top_k is not None and top_k < 1:
         raise BadInput(f"--top-k is {top_k}; it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"--seed is {seed}; it must be in 0 to 2**63 - 1")
     if count < 0:
         raise BadInput(f"the number of characters is {count}; it must be at least 0")
     draw = np.random.Generator(np.random.Philox(seed))
     result = np.concatenate([np.asarray(ids, np.int32), np.empty(count, np.int32)])
-    training = model.training
-    model.eval()
-    with mt.no_grad():
+    with evaluating(model):
         for n in range(len(ids), len(result)):
             seen = result[max(0, n - model.config.context):n]
             logits = model(seen[None]).numpy()[0, -1].astype(np.float64)
             result[n] = choose(logits, temperature, top_k, draw.random())
-    model.train(training)
     return result
 
 

@@ -3,7 +3,9 @@ Sources: Radford et al. 2019; Karpathy, nanoGPT.
 """
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,18 @@ class GPT(nn.Module):
                 parameter.data[...] = deviation * generator().standard_normal(parameter.shape, np.float32)
             elif name.endswith("bias"):
                 parameter.data[...] = 0
+
+
+@contextlib.contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Dropout off and nothing recorded; afterwards the model is in the mode in which it was."""
+    training = model.training
+    model.eval()
+    try:
+        with mt.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """Training: the loop, and the exact validation loss."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +11,8 @@ import numpy as np
 import minitensor as mt
 from gpt.config import Config
 from gpt.data import batch, windows
-from gpt.model import GPT
+from gpt.errors import Diverged
+from gpt.model import GPT, evaluating
 from minitensor.optim import AdamW, warmup_cosine
 
 
@@ -28,6 +30,7 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
     """Train model on train_ids (N,); a batch depends on the seed and the step alone.
 
     after_step gets the number of steps done and the batch's loss; after_evaluation what was found on val_ids.
+    Raises Diverged at the first loss that is not a finite number.
     """
     optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.decay,
                       max_norm=config.clip)
@@ -43,6 +46,9 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
         optimizer.zero_grad()
 
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise Diverged(f"the loss of step {step + 1} is {losses[-1]}; "
+                           "a lower --lr or a longer --warmup may help")
         after_step(step + 1, losses[-1])
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             speed = len(losses) * x.size / (time.perf_counter() - lap)
@@ -55,10 +61,7 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
 def evaluate(model: GPT, ids: np.ndarray) -> float:
     """The mean loss over ids (N,), in nats: every token but the first is predicted once, in fixed windows."""
     total = 0.0
-    training = model.training
-    model.eval()
-    with mt.no_grad():
+    with evaluating(model):
         for x, y in windows(ids, model.config.context, batch=max(1, 4096 // model.config.context)):
             total += mt.cross_entropy(model(x), y, reduction="none").numpy().sum(dtype=np.float64)
-    model.train(training)
     return total / (len(ids) - 1)

@@ -34,6 +34,13 @@ def check_integers(kernel: str, name: str, x: Any, shape: tuple[int | None, ...]
     _check_shape(kernel, name, x, shape)
 
 
+def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> None:
+    """IndexError unless all ids are in 0 to limit - 1."""
+    if ids.size and not (0 <= ids.min() and ids.max() < limit):
+        wrong = ids[(ids < 0) | (ids >= limit)]
+        raise IndexError(f"{kernel_name}: {name} holds {wrong.flat[0]}; it must be in 0 to {limit - 1}")
+
+
 def _check_shape(kernel: str, name: str, x: np.ndarray, shape: tuple[int | None, ...] | None) -> None:
     if shape is not None and (len(shape) != x.ndim or any(n not in (None, m) for n, m in zip(shape, x.shape,
                                                                                            strict=True))):

@@ -11,9 +11,8 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.check import check, check_integers
+from kernels.check import check, check_integers, check_range
 from kernels.elementary import exp
-from kernels.embedding import check_range
 from kernels.jit import exact, helper, kernel, launch, row_tasks
 from kernels.softmax import log_share, log_sum_exp
 

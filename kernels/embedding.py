@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.check import check, check_integers
+from kernels.check import check, check_integers, check_range
 from kernels.jit import helper, kernel, launch, row_tasks
 
 
@@ -32,13 +32,6 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray
     dweight = memory.zeros((rows, dy.shape[1]), dy.dtype)
     launch(_embedding_backward, max(1, min(dy.shape[1] // 32, row_tasks(dy))), dy, ids, dweight)
     return dweight
-
-
-def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> None:
-    """IndexError unless all ids are in 0 to limit - 1."""
-    if ids.size and not (0 <= ids.min() and ids.max() < limit):
-        wrong = ids[(ids < 0) | (ids >= limit)]
-        raise IndexError(f"{kernel_name}: {name} holds {wrong.flat[0]}; it must be in 0 to {limit - 1}")
 
 
 @kernel

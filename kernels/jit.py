@@ -141,7 +141,7 @@ def cache_folder() -> Path | None:
 
 def _remove_old(base: Path) -> None:
     """Remove what earlier states of the sources compiled, unless another process may just be using it."""
-    for folder in base.glob("kernels-*"):
+    for folder in base.glob("kernels-" + 16 * "[0-9a-f]"):
         if folder.stat().st_mtime < time.time() - 3600:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,19 +10,33 @@ from typing import Any
 import numpy as np
 
 import kernels
+from kernels.check import check_range
 from minitensor.ops import erf, logsumexp, tanh
 from minitensor.random import next_seed
 from minitensor.tensor import fused
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """x as a C-contiguous matrix (N, C) of its last axis."""
-    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    """x as a matrix (N, C) of its last axis, C-contiguous and writeable: what kernels are compiled for."""
+    x = np.require(x, requirements=("C", "W"))
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check_axes(op_name: str, x: Any) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"{op_name}: x has no axes; it must have one or more")
 
 
 # ---- linear ------------------------------------------------------------------------------------------------
 
+def _check_linear(x, weight):
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: inner sizes differ: x is {x.shape}, weight is {weight.shape}; "
+                         "x.shape[-1] must equal weight.shape[1]")
+
+
 def _linear_reference(x, weight, bias=None, *, activation=None):
+    _check_linear(x, weight)
     y = np.matmul(x, np.transpose(weight))
     y = y if bias is None else y + bias
     return y if activation is None else _gelu_reference(y, approximate=_approximate(activation))
@@ -34,23 +48,23 @@ def linear(x, weight, bias=None, *, activation=None):
 
     activation: None, "gelu" or "gelu_tanh", applied while the product is still in the cache.
     """
-    if x.ndim == 0 or x.shape[-1] != weight.shape[-1] or weight.ndim != 2:
-        raise ValueError(f"linear: inner sizes differ: x is {x.shape}, weight is {weight.shape}; "
-                         "x.shape[-1] must equal weight.shape[1]")
+    _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
     approximate = _approximate(activation)
     y, before = kernels.linear_forward(rows, weight, bias, approximate)
+    last: list[np.ndarray] = []                              # the gradient before the activation, made once
 
-    def product_grads(g: np.ndarray) -> tuple:
-        return (kernels.matmul(g, weight).reshape(x.shape), kernels.matmul(g, rows, transpose_a=True),
-                None if bias is None else kernels.column_sum(g))
+    def dbefore(g: np.ndarray) -> np.ndarray:
+        if activation is None:
+            return _rows(g)
+        if not last or last[0] is not g:
+            last[:] = [g, kernels.gelu_backward(_rows(g), before, approximate)]
+        return last[1]
 
-    if activation is not None:
-        return y.reshape(shape), lambda g: product_grads(kernels.gelu_backward(_rows(g), before, approximate))
-    return y.reshape(shape), (lambda g: kernels.matmul(_rows(g), weight).reshape(x.shape),
-                              lambda g: kernels.matmul(_rows(g), rows, transpose_a=True),
-                              lambda g: kernels.column_sum(_rows(g)))
+    return y.reshape(shape), (lambda g: kernels.matmul(dbefore(g), weight).reshape(x.shape),
+                              lambda g: kernels.matmul(dbefore(g), rows, transpose_a=True),
+                              lambda g: kernels.column_sum(dbefore(g)))
 
 
 def _approximate(activation: str | None) -> bool | None:
@@ -92,6 +106,7 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 @fused(reference=_layernorm_reference)
 def layernorm(x, weight, bias=None, *, eps=1e-5):
     """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
+    _check_axes("layernorm", x)
     rows = _rows(x)
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
     y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)
@@ -136,6 +151,7 @@ def log_softmax(x, axis=-1):
 
 
 def _along(function, x, axis):
+    _check_axes(function.__name__[1:], x)
     if axis in (-1, x.ndim - 1):
         return function(x)
     return np.swapaxes(function(np.swapaxes(x, axis, -1)), axis, -1)
@@ -203,17 +219,23 @@ def dropout(x, p, seed=None):
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 def _embedding_reference(ids, weight):
-    return weight[ids]
+    return weight[_checked_ids(ids, weight)]
 
 
 @fused(reference=_embedding_reference)
 def embedding(ids, weight):
     """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
-    ids = _integers("embedding", "ids", ids)
+    ids = _checked_ids(ids, weight)
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
             (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
+
+
+def _checked_ids(ids: Any, weight: Any) -> np.ndarray:
+    ids = _integers("embedding", "ids", ids)
+    check_range("embedding", "ids", ids, len(weight))
+    return ids
 
 
 def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
@@ -226,7 +248,7 @@ def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
 # ---- cross-entropy -----------------------------------------------------------------------------------------
 
 def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
-    targets = np.asarray(targets)
+    targets = _checked_targets(logits, targets, ignore_index, reduction)
     counted = targets != ignore_index
     safe = np.where(counted, targets, 0)
     picked = _log_softmax_reference(logits)[(*np.indices(targets.shape, sparse=True), safe)]
@@ -243,24 +265,30 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
     IndexError for any other target outside 0 to V - 1.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    targets = _integers("cross_entropy", "targets", targets)
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"cross_entropy: logits are {logits.shape}, targets are {targets.shape}; "
-                         "targets.shape must equal logits.shape[:-1]")
+    targets = _checked_targets(logits, targets, ignore_index, reduction)
     rows, flat = _rows(logits), targets.reshape(-1)
     losses, norms = kernels.cross_entropy_forward(rows, flat, ignore_index)
     scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
 
     def vjp(g):
         dlosses = np.broadcast_to(g * logits.dtype.type(scale), targets.shape)
-        dlosses = np.ascontiguousarray(dlosses).reshape(-1)
+        dlosses = np.require(dlosses, requirements=("C", "W")).reshape(-1)
         return kernels.cross_entropy_backward(dlosses, rows, flat, norms, ignore_index).reshape(logits.shape)
 
     if reduction == "none":
         return losses.reshape(targets.shape), (vjp,)
     return losses.sum() * logits.dtype.type(scale), (vjp,)
+
+
+def _checked_targets(logits: Any, targets: Any, ignore_index: int, reduction: str) -> np.ndarray:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    targets = _integers("cross_entropy", "targets", targets)
+    if logits.ndim == 0 or targets.shape != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy: logits are {logits.shape}, targets are {targets.shape}; "
+                         "targets.shape must equal logits.shape[:-1]")
+    check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[-1])
+    return targets
 
 
 def _inverse(count: int) -> float:

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from minitensor import fused
+from minitensor.fused import dropout, embedding, layernorm, linear
 from minitensor.random import generator
 from minitensor.tensor import Tensor
 
 
 class Module:
-    """Parameters and modules as attributes (or in lists of modules), and `forward`, which a call runs."""
+    """Tensors and modules as attributes or in lists, tuples and dicts, and `forward`, which a call runs.
+
+    A parameter is a Tensor that requires a gradient.
+    """
     training = True
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -23,24 +26,36 @@ class Module:
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)
 
+    def _attributes(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """Attributes, and what is in those that are lists, tuples or dicts, with their paths."""
+        for name, value in vars(self).items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, dict):
+                yield from ((f"{path}.{key}", item) for key, item in value.items())
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{path}.{i}", item) for i, item in enumerate(value))
+            else:
+                yield path, value
+
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, with their paths, such as "blocks.2.attention"."""
         yield prefix, self
-        for name, value in vars(self).items():
-            items = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
-            for i, item in items:
-                if isinstance(item, Module):
-                    path = name if i is None else f"{name}.{i}"
-                    yield from item.named_modules(f"{prefix}.{path}" if prefix else path)
+        for path, value in self._attributes(prefix):
+            if isinstance(value, Module):
+                yield from value.named_modules(path)
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, under the first of its paths, in the order of the attributes."""
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each Tensor once, under the first of its paths, in the order of the attributes."""
         seen = set()
         for prefix, module in self.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor) and value.requires_grad and id(value) not in seen:
+            for path, value in module._attributes(prefix):
+                if isinstance(value, Tensor) and id(value) not in seen:
                     seen.add(id(value))
-                    yield f"{prefix}.{name}" if prefix else name, value
+                    yield path, value
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The Tensors that require a gradient, as `named_tensors`."""
+        return ((path, tensor) for path, tensor in self.named_tensors() if tensor.requires_grad)
 
     def parameters(self) -> list[Tensor]:
         """Each parameter once."""
@@ -52,11 +67,11 @@ class Module:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The parameters' arrays by path; memory is shared."""
-        return {name: parameter.data for name, parameter in self.named_parameters()}
+        """The arrays of all Tensors by path, frozen or not; memory is shared."""
+        return {path: tensor.data for path, tensor in self.named_tensors()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Copy arrays into the parameters; ValueError, and no change, unless names, shapes, dtypes agree."""
+        """Copy arrays into the Tensors; ValueError, and no change, unless names, shapes, dtypes agree."""
         own = self.state_dict()
         problems = [f"missing {name!r}" for name in own if name not in state]
         problems += [f"unexpected {name!r}" for name in state if name not in own]
@@ -107,7 +122,7 @@ class Linear(Module):
         self.bias = _uniform(bound, (outputs,)) if bias else None
 
     def forward(self, x, activation=None):
-        return fused.linear(x, self.weight, self.bias, activation=activation)
+        return linear(x, self.weight, self.bias, activation=activation)
 
 
 class Embedding(Module):
@@ -117,7 +132,7 @@ class Embedding(Module):
         self.weight = Tensor(generator().standard_normal((rows, width), np.float32), requires_grad=True)
 
     def forward(self, ids):
-        return fused.embedding(ids, self.weight)
+        return embedding(ids, self.weight)
 
 
 class LayerNorm(Module):
@@ -129,7 +144,7 @@ class LayerNorm(Module):
         self.eps = eps
 
     def forward(self, x):
-        return fused.layernorm(x, self.weight, self.bias, eps=self.eps)
+        return layernorm(x, self.weight, self.bias, eps=self.eps)
 
 
 class Dropout(Module):
@@ -141,7 +156,7 @@ class Dropout(Module):
         self.p = p
 
     def forward(self, x):
-        return fused.dropout(x, self.p) if self.training else x
+        return dropout(x, self.p) if self.training else x
 
 
 class Sequential(Module):

@@ -248,7 +248,7 @@ def var(x, axis=None, *, keepdims=False):
     """The population variance over axis: the mean square of x - mean(x)."""
     centred = x - np.mean(x, axis=axis, keepdims=True)
     def vjp(g):
-        return np.reshape(g, _kept(x, axis)) * (2 / _count(x, axis)) * centred
+        return np.reshape(g, _kept(x, axis)) * 2 / _count(x, axis) * centred
     return np.mean(np.square(centred), axis=axis, keepdims=keepdims), vjp
 
 @op(np.std)
@@ -326,16 +326,19 @@ def _of_values(function: Callable) -> Callable:
 def _constant(function: Callable) -> Callable:
     @functools.wraps(function)
     def constant(*inputs, **options):
+        if "dtype" in options:
+            raise TypeError(f"{function.__name__}: dtype= is not for Tensors; use t.astype(...) or t.numpy()")
         return Tensor(function(*map(_values, inputs), **options))
     return constant
 
 _PLAIN: tuple[Callable, ...] = (                            # of a Tensor's values: they give a plain array
     np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal, np.logical_not,
-    np.isfinite, np.isnan, np.isinf, np.sign, np.floor, np.ceil, np.rint, np.round, np.around,
+    np.isfinite, np.isnan, np.isinf,
     np.isclose, np.allclose, np.array_equal, np.any, np.all, np.count_nonzero,
     np.argmax, np.argmin, np.argsort, np.shape, np.ndim, np.size,
 )
 for _function in _PLAIN:
     implements(_function)(_of_values(_function))
-for _function in (np.zeros_like, np.ones_like, np.full_like):
+for _function in (np.zeros_like, np.ones_like, np.full_like, np.sign, np.floor, np.ceil, np.rint, np.round,
+                  np.around):
     implements(_function)(_constant(_function))             # a Tensor that requires no gradient

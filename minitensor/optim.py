@@ -13,16 +13,12 @@ from minitensor.tensor import Tensor
 
 def grad_norm(parameters: Iterable[Tensor]) -> float:
     """The Euclidean norm of all gradients taken together, summed in float64."""
-    return math.sqrt(sum(kernels.sum_of_squares([_gradient(p) for p in group])
-                         for group in _by_dtype(p for p in parameters if p.grad is not None)))
-
-
-def _by_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters in groups of one dtype: nearly always one group."""
-    groups: dict[Any, list[Tensor]] = {}
+    groups: dict[Any, list[Tensor]] = {}                 # of one dtype each: nearly always one
     for p in parameters:
-        groups.setdefault(p.dtype, []).append(p)
-    return list(groups.values())
+        if p.grad is not None:
+            groups.setdefault(p.dtype, []).append(p)
+    return math.sqrt(sum(kernels.sum_of_squares([_gradient(p) for p in group])
+                         for group in groups.values()))
 
 
 def _gradient(p: Tensor) -> np.ndarray:
@@ -62,6 +58,9 @@ class _Optimizer:
         self.lr = lr
         if not self.parameters:
             raise ValueError(f"{type(self).__name__}: there are no parameters")
+        if len({id(p) for p in self.parameters}) < len(self.parameters):
+            raise ValueError(f"{type(self).__name__}: a parameter is listed twice; list each once, "
+                             "as module.parameters() does")
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -101,7 +100,7 @@ class AdamW(_Optimizer):
                  max_norm: float | None = None):
         super().__init__(parameters, lr)
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
-        self.steps = 0
+        self.steps = [0] * len(self.parameters)          # of each that it had a gradient
         self.first = [np.zeros_like(p.data) for p in self.parameters]
         self.second = [np.zeros_like(p.data) for p in self.parameters]
 
@@ -109,11 +108,15 @@ class AdamW(_Optimizer):
         """Update all parameters with a gradient; the gradients' norm before clipping, if there is any."""
         norm = None if self.max_norm is None else grad_norm(self.parameters)
         scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
-        self.steps += 1
-        moments = {id(p): pair for p, *pair in zip(self.parameters, self.first, self.second, strict=True)}
-        for group in _by_dtype(p for p in self.parameters if p.grad is not None):
-            kernels.adamw([p.data for p in group], [_gradient(p) for p in group],
-                          [moments[id(p)][0] for p in group], [moments[id(p)][1] for p in group],
-                          [self.weight_decay if p.ndim > 1 else 0.0 for p in group], self.steps, self.lr,
+        alike: dict[Any, list[int]] = {}                 # nearly always one group
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self.steps[i] += 1
+                alike.setdefault((p.dtype, self.steps[i]), []).append(i)
+        for (_, steps), group in alike.items():
+            parameters = [self.parameters[i] for i in group]
+            kernels.adamw([p.data for p in parameters], [_gradient(p) for p in parameters],
+                          [self.first[i] for i in group], [self.second[i] for i in group],
+                          [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
         return norm

@@ -150,7 +150,7 @@ class Tensor:
         """
         for leaf, g, owned in _walk(self, gradient, (), retain_graph, create_graph):
             if leaf.grad is None:
-                leaf.grad = g if create_graph else Tensor(g if owned else np.array(g))
+                leaf.grad = _np.copy(g) if create_graph else Tensor(g if owned else np.array(g))
             elif create_graph or leaf.grad.node is not None:
                 leaf.grad = leaf.grad + g
             else:
@@ -295,19 +295,19 @@ def fused(*, reference: Callable) -> Callable:
 
 
 def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None,
-         retain_graph: bool | None = None, create_graph: bool = False) -> tuple[Tensor, ...]:
+         retain_graph: bool = False, create_graph: bool = False) -> tuple[Tensor, ...]:
     """d output / d input for each of the inputs, as Tensors of their shapes; `.grad` is left alone.
 
     inputs: leaves or tensors on the way. gradient: d loss / d output; may be left out for a scalar output.
-    create_graph: make the results differentiable again (keeps the graph). An input that output does not
-    depend on gets zeros.
+    retain_graph: keep the graph for another walk. create_graph: make the results differentiable again (keeps
+    the graph). An input that output does not depend on gets zeros.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     for x in inputs:
         if not x.requires_grad:
             raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, "
                              "so nothing was recorded of it")
-    found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, bool(retain_graph), create_graph)}
+    found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, retain_graph, create_graph)}
     results = (found.get(id(x), np.zeros_like(x.data)) for x in inputs)
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
 
@@ -332,6 +332,8 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             _, before, owned_before = pending[id(x)]
             if owned_before and not create_graph and isinstance(before, np.ndarray):    # not a numpy scalar
                 g = np.add(before, g, out=before)
+            elif owned and not create_graph and isinstance(g, np.ndarray):
+                g = np.add(before, g, out=g)
             else:
                 g = before + g
             owned = True
@@ -367,8 +369,12 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             else:
                 gradients = vjp(g)
                 gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-            for x, gx in zip(inputs, gradients, strict=False):
+            for position, x in enumerate(inputs):
                 if isinstance(x, Tensor) and x.requires_grad:
+                    gx = gradients[position] if position < len(gradients) else None
+                    if not isinstance(gx, (Tensor, np.ndarray, np.generic)):
+                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave {_kind(gx)} for "
+                                        f"argument {position}, which requires a gradient; give an array")
                     if gx.shape != x.shape:
                         gx = _unbroadcast(gx, x.shape, node.op.__name__)
                     if gx.dtype != x.dtype:
@@ -392,6 +398,10 @@ def _seed(output: Tensor, gradient: Any) -> Tensor:
         raise ValueError(f"backward: gradient is {gradient.dtype} of shape {gradient.shape}; the tensor is "
                          f"{output.dtype} of shape {output.shape}, and the two must be alike")
     return gradient
+
+
+def _kind(g: Any) -> str:
+    return "nothing" if g is None else f"a {type(g).__name__}"
 
 
 def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:

@@ -179,3 +179,26 @@ def test_bigram_reaches_the_lectures_loss():
     run = example("bigram.py")
     assert run.returncode == 0, run.stderr
     assert abs(float(run.stdout.split("validation loss ")[1].split()[0]) - 2.49) < 0.02
+
+
+def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
+    assert train(text, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "checkpoint.safetensors").read_bytes()
+    with np.errstate(all="ignore"):
+        assert train(text, tmp_path / "out", "--lr", "1e30", "--warmup", "0", "--eval-every", "6") == 3
+    said = capsys.readouterr().err
+    assert "error: the loss of step" in said and said.count("\n") == 1
+    assert (tmp_path / "out" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_an_interruption_before_the_first_step_changes_nothing(text, tmp_path, capsys, monkeypatch):
+    assert train(text, tmp_path / "out") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(command, "train", interrupt)
+    assert train(text, tmp_path / "out") == 130
+    assert "interrupted before the first step; nothing was written" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert kernels.jit.compiling is None

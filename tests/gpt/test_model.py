@@ -11,6 +11,7 @@ from gpt.config import Config
 from gpt.data import batch
 from gpt.generate import choose, generate
 from gpt.model import GPT
+from gpt.train import evaluate
 from minitensor.optim import AdamW
 from minitensor.tensor import unfused
 
@@ -203,3 +204,18 @@ if __name__ == "__main__":
     losses, _, weights = ten_steps_of_the_peer(WITH_BIAS, np.float64)
     norms = {name: float(np.linalg.norm(w)) for name, w in weights.items()}
     GOLDEN.write_text(json.dumps({"losses": losses, "norms": norms}, indent=1) + "\n")
+
+
+def test_validation_is_the_mean_over_every_token_but_the_first():
+    """Window by window, the last one shorter, dropout off, and the model left as it was."""
+    model, ids = make(Config(layers=1, heads=2, width=16, context=16, dropout=0.5)), IDS[:16 * 9 + 8]
+    losses = []
+    with mt.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            x, y = ids[None, start:start + 16][:, :len(ids) - 1 - start], ids[None, start + 1:start + 17]
+            logits = model.eval()(x).numpy().astype(np.float64)[0]
+            losses += list(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), y[0]])
+    assert len(losses) == len(ids) - 1
+    model.train()
+    assert evaluate(model, ids) == pytest.approx(np.mean(losses), rel=1e-6)
+    assert model.training and model.blocks[0].mlp.dropout.training

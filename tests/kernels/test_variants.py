@@ -1,4 +1,4 @@
-"""The kernels' tests again for every vector unit that this machine can stand in for, each in its own process."""
+"""The kernels' tests again for every vector unit that this CPU has beside its best."""
 import os
 import subprocess
 import sys

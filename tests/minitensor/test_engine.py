@@ -407,3 +407,30 @@ def test_methods_are_numpys_functions():
     assert t.argmax(axis=1).tolist() == [2, 2] and t.argmin() == 0
     assert (t.shape, t.ndim, t.size) == ((2, 3), 2, 6)
     assert not np.shares_memory(t.copy().data, t.data)
+
+
+# ---- gradients that are shared, missing or wrong -----------------------------------------------------------
+
+def test_differentiable_gradients_of_several_leaves_share_no_memory():
+    a, b, seed = leaf(1.0, 2.0), leaf(3.0, 4.0), Tensor(np.array([1.0, 1.0]))
+    (a + b).backward(gradient=seed, create_graph=True)
+    np.sum(a * 3).backward()
+    np.testing.assert_array_equal(a.grad.numpy(), [4, 4])
+    np.testing.assert_array_equal(b.grad.numpy(), [1, 1])
+    np.testing.assert_array_equal(seed.numpy(), [1, 1])
+
+
+def test_a_vjp_with_too_few_gradients_is_named():
+    @op()
+    def lame(x, y):
+        return x * y, lambda g: g * y
+
+    with pytest.raises(TypeError, match="the vjp of 'lame' gave nothing for argument 1, which requires"):
+        lame(leaf(1.0), leaf(2.0)).backward()
+
+    @op()
+    def floating(x):
+        return 2 * x, lambda g: 2.0
+
+    with pytest.raises(TypeError, match="the vjp of 'floating' gave a float for argument 0"):
+        floating(leaf(1.0)).backward()

@@ -83,7 +83,7 @@ def test_state_goes_from_one_module_to_another():
     minitensor.seed(1)
     source, target = Tied(), Tied()
     ids = np.array([[1, 0, 3]])
-    assert list(source.state_dict()) == PATHS
+    assert [name for name in source.state_dict() if name != "constant"] == PATHS
     before = target.layers[0].weight
     array = before.data
     assert not np.array_equal(source.eval()(ids).numpy(), target.eval()(ids).numpy())
@@ -259,3 +259,17 @@ def test_repr_shows_the_tree_and_the_shapes():
     assert lines[:2] == ["Model(scale (1,))", "  embedding: Embedding(weight (5, 4))"]
     assert lines[2] == "  blocks: [3 x Sequential()"
     assert lines[3].strip() == "steps: [1 x Linear(weight (4, 4), bias (4,))]]"
+
+
+def test_frozen_tensors_and_those_in_lists_and_dicts_are_in_the_state():
+    class Net(nn.Module):
+        def __init__(self):
+            self.linear = nn.Linear(2, 3)
+            self.scales = [Tensor(np.ones(2, np.float32), requires_grad=True)]
+            self.heads = {"a": nn.Linear(2, 1, bias=False)}
+
+    net = Net()
+    net.linear.weight.requires_grad = False
+    assert list(net.state_dict()) == ["scales.0", "linear.weight", "linear.bias", "heads.a.weight"]
+    assert [name for name, _ in net.named_parameters()] == ["scales.0", "linear.bias", "heads.a.weight"]
+    assert [name for name, _ in net.named_modules()] == ["", "linear", "heads.a"]

@@ -428,13 +428,19 @@ def test_zeros_like_are_constants():
     assert np.full_like(x, 7).numpy().tolist() == [7, 7]
 
 
-def test_functions_without_a_derivative_give_plain_arrays():
+def test_functions_without_a_derivative_give_plain_arrays_or_constants():
     t = Tensor([1.5, -2.0, np.inf, np.nan])
     x = t.numpy()
-    for f in (np.isfinite, np.isnan, np.isinf, np.sign, np.floor, np.ceil, np.round, np.rint, np.argsort,
-              np.argmax, np.argmin, np.any, np.all, np.shape, np.ndim, np.size, np.count_nonzero):
+    for f in (np.isfinite, np.isnan, np.isinf, np.argsort, np.argmax, np.argmin,
+              np.any, np.all, np.shape, np.ndim, np.size, np.count_nonzero):
         assert not isinstance(f(t), Tensor)
         np.testing.assert_array_equal(f(t), f(x))
+    for f in (np.sign, np.floor, np.ceil, np.round, np.rint, np.ones_like, np.zeros_like):
+        y = f(Tensor(x, requires_grad=True))
+        assert isinstance(y, Tensor) and not y.requires_grad and y.dtype == t.dtype
+        np.testing.assert_array_equal(y.numpy(), f(x))
+        with pytest.raises(TypeError, match="dtype= is not for Tensors"):
+            np.zeros_like(t, dtype=bool)
     for f in (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal, np.isclose):
         assert isinstance(f(t, 1.0), np.ndarray) and f(t, 1.0).dtype == bool
         np.testing.assert_array_equal(f(1.5, t), f(1.5, x))

@@ -185,3 +185,21 @@ def test_warmup_cosine_at_its_corners():
         assert 0 < lr(109, warmup=edge) <= 1
     rates = [lr(step) for step in range(111)]
     assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
+
+
+def test_a_parameter_that_gets_its_first_gradient_late_starts_then():
+    """PyTorch counts the steps of each parameter: a bias correction spent on nothing would overshoot."""
+    early, late = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    optimizer = AdamW([early, late], lr=0.1, weight_decay=0.0)
+    for step in range(50):
+        early.grad = Tensor(np.ones(3))
+        late.grad = Tensor(np.ones(3)) if step == 49 else None
+        optimizer.step()
+    np.testing.assert_allclose(late.numpy(), 0.9)
+
+
+def test_the_same_parameter_twice_is_an_error():
+    p = Tensor(np.ones(3), requires_grad=True)
+    for make in (SGD, AdamW):
+        with pytest.raises(ValueError, match=f"{make.__name__}: a parameter is listed twice"):
+            make([p, p], lr=0.1)
