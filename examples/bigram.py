@@ -5,11 +5,12 @@ A character's row is all the model knows, so the best it can do is the statistic
 import sys
 
 import minitensor as mt
-from gpt.data import batch, find_text, split, windows
+from gpt.cli import Parser, run
+from gpt.data import batch, check_length, find_text, split, windows
 from gpt.tokenizer import CharTokenizer
 from minitensor import nn
 
-STEPS, BATCH, CONTEXT, LR, SEED = 5000, 32, 8, 1e-2, 1337
+STEPS, BATCH, CONTEXT, LR, SEED = 5000, 32, 8, 1e-2, 0
 
 
 def validate(model, ids):
@@ -30,10 +31,14 @@ def sample(model, start, count, generator):
     return ids[1:]
 
 
-def main(steps=STEPS):
+def main(arguments=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("steps", type=int, nargs="?", default=STEPS, help="steps of training (%(default)s)")
+    steps = parser.parse_args(arguments).steps
     text = find_text()
     tokenizer = CharTokenizer.from_text(text.text)
     train, validation = split(tokenizer.encode(text.text))
+    check_length(train, validation, CONTEXT)
     mt.seed(SEED)
     model = nn.Embedding(len(tokenizer), len(tokenizer))               # ids (B, T) -> logits (B, T, V)
     optimizer = mt.optim.AdamW(model.parameters(), LR)
@@ -45,11 +50,10 @@ def main(steps=STEPS):
         optimizer.step()
         if step % 1000 == 0:
             print(f"step {step:5}: loss {loss.item():.3f}")
-    loss = validate(model, validation)
-    print(f"validation loss {loss:.3f} nats a character on {text.name}\n")
+    print(f"validation loss {validate(model, validation):.3f} nats a character on {text.name}\n")
     print(tokenizer.decode(sample(model, 0, 300, mt.random.generator())))
-    return loss
+    return 0
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    sys.exit(run(main))

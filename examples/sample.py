@@ -6,31 +6,30 @@ import sys
 from pathlib import Path
 
 from gpt.checkpoint import load_model
-from gpt.command import Parser, run
-from gpt.generate import generate
+from gpt.cli import Parser, run
+from gpt.generate import first_ids, generate
 
 
 def main(arguments: list[str] | None) -> int:
-    parser = Parser(description="Write text with a model that train_shakespeare.py has trained.",
-                    allow_abbrev=False)
+    parser = Parser(description="Write text with a model that train_shakespeare.py has trained.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", default=Path("out/shakespeare/checkpoint.safetensors"),
         help="checkpoint.safetensors of a run (%(default)s)")
-    add("--prompt", default="\n", help="text to go on from (a new line)")
+    add("--prompt", help="text to go on from (a new line)")
     add("--count", type=int, default=500, metavar="N", help="characters to write (500)")
     add("--temperature", type=float, default=1.0, metavar="X",
         help="below 1 more likely text, above 1 wilder, 0 always the likeliest (1)")
     add("--top-k", type=int, metavar="K", help="choose among the K likeliest characters (all)")
-    add("--seed", type=int, default=1337, metavar="N", help="another seed, another text (1337)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed, another text (0)")
     options = parser.parse_args(arguments)
-    if not options.prompt:
+    if options.prompt == "":
         parser.error("--prompt is empty; give at least one character")
     model, tokenizer = load_model(options.checkpoint)
-    ids = generate(model, tokenizer.encode(options.prompt), options.count, options.temperature, options.top_k,
-                   options.seed)
+    start = first_ids(tokenizer) if options.prompt is None else tokenizer.encode(options.prompt)
+    ids = generate(model, start, options.count, options.temperature, options.top_k, options.seed)
     print(tokenizer.decode(ids))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, None))
+    sys.exit(run(main))

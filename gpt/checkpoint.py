@@ -114,6 +114,6 @@ def load_model(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
         tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
         model = GPT(Config(**json.loads(metadata["config"])), len(tokenizer))
         model.load_state_dict(arrays)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise BadInput(f"{os.fspath(path)!r}: not a model of this program: {_line(error)}") from error
     return model, tokenizer

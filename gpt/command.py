@@ -2,55 +2,33 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
 
 import kernels
 import minitensor as mt
+from gpt.cli import INTERRUPTED, Parser, interruptible, run, writing
 from gpt.config import RECIPES, Config
 from gpt.data import Text, check_length, find_text, split
-from gpt.errors import BadInput, Diverged
-from gpt.generate import generate
+from gpt.errors import BadInput
+from gpt.generate import LONGEST, first_ids, generate
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer
 from gpt.train import Evaluation, train
 from kernels.cpu import TARGET
 
-DIVERGED, INTERRUPTED = 3, 130
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; --help lists the options")
-
-
-def run(command: Any, arguments: list[str] | None) -> int:
-    """A command's exit code; after one line of why 2 for input that cannot be used, 3 if diverged."""
-    try:
-        return command(arguments)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
+FILES = ("checkpoint.safetensors", "metrics.jsonl", "loss.png", "sample.txt")
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The config, from a recipe and the options that change it, and the other options."""
-    parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.", allow_abbrev=False)
+    parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.")
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="classic", help="what the other defaults are taken from")
     for field in dataclasses.fields(Config):
@@ -83,8 +61,8 @@ def _main(arguments: list[str] | None) -> int:
     for package in ("tqdm", "matplotlib", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f'the package {package} is missing; pip install -e ".[train]" installs it')
-    if options.sample < 0:
-        raise BadInput(f"--sample is {options.sample}; it must be at least 0")
+    if not 0 <= options.sample <= LONGEST:
+        raise BadInput(f"--sample is {options.sample}; it must be in 0 to {LONGEST:,}")
     if options.threads is not None:
         try:
             kernels.set_num_threads(options.threads)
@@ -98,37 +76,32 @@ def _main(arguments: list[str] | None) -> int:
     tokenizer = CharTokenizer.from_text(text.text)
     train_ids, val_ids = split(tokenizer.encode(text.text))
     check_length(train_ids, val_ids, config.context)
-    _make_writable(options.out)
-
     mt.seed(config.seed)
     model = GPT(config, len(tokenizer))
+    _make_writable(options.out)
+
     _describe(config, text, tokenizer, model, len(train_ids), len(val_ids))
-    results = Results(options.out, config, model, tokenizer, options.sample)
-    try:
-        train(model, config, train_ids, val_ids, results.after_step, results.after_evaluation)
-        results.finish()
-    except KeyboardInterrupt:
-        results.interrupted()
-        return INTERRUPTED
-    finally:
-        results.close()
-        kernels.set_matmul_precision("highest")
+    with interruptible() as check:
+        results = Results(options.out, config, model, tokenizer, options.sample, check)
+        try:
+            train(model, config, train_ids, val_ids, results.after_step, results.after_evaluation)
+            results.finish()
+        except KeyboardInterrupt:
+            results.interrupted()
+            return INTERRUPTED
+        finally:
+            results.close()
+            kernels.set_matmul_precision("highest")
     return 0
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """A full disk, say, ends the run in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        for name in FILES:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(0, f"{name} in it is a folder")
     except OSError as error:
         raise BadInput(f"--out is {str(folder)!r}, which cannot be written: {error.strerror}; "
                        "name another folder") from error
@@ -149,10 +122,11 @@ def _describe(config: Config, text: Text, tokenizer: CharTokenizer, model: GPT, 
 class Results:
     """What a run shows and leaves behind, beside its loop."""
 
-    def __init__(self, folder: Path, config: Config, model: GPT, tokenizer: CharTokenizer, characters: int):
+    def __init__(self, folder: Path, config: Config, model: GPT, tokenizer: CharTokenizer, characters: int,
+                 check_interruption: Callable[[], None]):
         from tqdm import tqdm
         self.folder, self.config, self.model = folder, config, model
-        self.tokenizer, self.characters = tokenizer, characters
+        self.tokenizer, self.characters, self.check_interruption = tokenizer, characters, check_interruption
         self.steps, self.evaluations = 0, list[Evaluation]()
         self.bar = tqdm(
             total=config.steps, unit=" steps", dynamic_ncols=True, disable=None,
@@ -162,6 +136,7 @@ class Results:
 
     def compiling(self, name: str) -> None:
         """Say that a kernel is being compiled, which happens once on a machine."""
+        self.check_interruption()
         self.compiled += 1
         if not self.bar.disable:
             self.bar.clear()
@@ -177,6 +152,7 @@ class Results:
                 print("\r\033[K", end="")
             self.bar.unpause()
         self.steps = steps
+        self.check_interruption()
         if not self.bar.disable:
             rate = (self.bar.format_dict["rate"] or 0) * self.config.batch * self.config.context
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
@@ -189,7 +165,7 @@ class Results:
                        f"{evaluation.val_loss:.4f} nats/character   {evaluation.seconds:.0f} s   "
                        f"{evaluation.tokens_per_s:,.0f} tokens/s")
         path = self.folder / "metrics.jsonl"
-        with _writing(path), open(path, "w" if len(self.evaluations) == 1 else "a") as file:
+        with writing(path), open(path, "w" if len(self.evaluations) == 1 else "a") as file:
             file.write(json.dumps(evaluation._asdict()) + "\n")
         self.save()
 
@@ -211,17 +187,15 @@ class Results:
     def finish(self) -> None:
         """Draw the curves, write a sample, and say where everything is."""
         self.bar.close()
-        with _writing(self.folder / "loss.png"):
+        with writing(self.folder / "loss.png"):
             plot(self.evaluations, self.folder / "loss.png")
-        newline = "\n" in self.tokenizer.vocabulary
-        start = self.tokenizer.encode("\n") if newline else np.zeros(1, np.int32)
-        ids = generate(self.model, start, self.characters, seed=self.config.seed)
+        ids = generate(self.model, first_ids(self.tokenizer), self.characters, seed=self.config.seed,
+                       after_token=self.check_interruption)
         sample = self.tokenizer.decode(ids[1:])
-        with _writing(self.folder / "sample.txt"):
+        with writing(self.folder / "sample.txt"):
             (self.folder / "sample.txt").write_text(sample, encoding="utf-8", newline="")
         print(f"\n{sample}\n")
-        print(f"in {self.folder}: checkpoint.safetensors, metrics.jsonl, loss.png, sample.txt")
-
+        print(f"in {self.folder}: {', '.join(FILES)}")
 
     def close(self) -> None:
         """Let go of the terminal."""

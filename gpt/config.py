@@ -34,15 +34,17 @@ class Config:
     seed: int = _option(0, "of weights, batches and dropout")
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("layers", "heads", "width", "context", "batch"):
+            self._require(name, 1 <= getattr(self, name) <= 2**24, "at least 1, and at most 2**24")
+        for name in ("steps", "eval_every"):
+            self._require(name, 1 <= getattr(self, name) < 2**53, "at least 1, and below 2**53")
         for name in ("lr", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("min_lr", "decay"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
         for name in ("dropout", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("warmup", self.warmup >= 0, "at least 0")
+        self._require("warmup", 0 <= self.warmup < 2**53, "at least 0, and below 2**53")
         self._require("seed", 0 <= self.seed < 2**63, "in 0 to 2**63 - 1")
         self._require("heads", self.width % self.heads == 0, f"a divisor of the width, {self.width}")
 

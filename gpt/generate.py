@@ -2,19 +2,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt.errors import BadInput
 from gpt.model import GPT, evaluating
+from gpt.tokenizer import CharTokenizer
+
+LONGEST = 10**9                             # characters: 4 GB of tokens
+
+
+def first_ids(tokenizer: CharTokenizer) -> np.ndarray:
+    """What to go on from without a prompt, (1,): a new line, or the first symbol of a text without any."""
+    return tokenizer.encode("\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0])
 
 
 def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, top_k: int | None = None,
-             seed: int = 0) -> np.ndarray:
+             seed: int = 0, after_token: Callable[[], None] = lambda: None) -> np.ndarray:
     """Go on from ids (N,), N at least 1, by count tokens: (N + count,) of int32.
 
     Each is drawn from softmax(logits / temperature) over the top_k likeliest (all of them if left out), and
     sees the last `context` tokens. Temperature 0 takes the likeliest. Equal arguments give equal tokens.
+    after_token is called after each.
     """
     if not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature is {temperature}; it must be 0 or a positive number")
@@ -22,8 +32,8 @@ def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, 
         raise BadInput(f"--top-k is {top_k}; it must be at least 1")
     if not 0 <= seed < 2**63:
         raise BadInput(f"--seed is {seed}; it must be in 0 to 2**63 - 1")
-    if count < 0:
-        raise BadInput(f"the number of characters is {count}; it must be at least 0")
+    if not 0 <= count <= LONGEST:
+        raise BadInput(f"the number of characters is {count}; it must be in 0 to {LONGEST:,}")
     draw = np.random.Generator(np.random.Philox(seed))
     result = np.concatenate([np.asarray(ids, np.int32), np.empty(count, np.int32)])
     with evaluating(model):
@@ -31,6 +41,7 @@ def generate(model: GPT, ids: np.ndarray, count: int, temperature: float = 1.0, 
             seen = result[max(0, n - model.config.context):n]
             logits = model(seen[None]).numpy()[0, -1].astype(np.float64)
             result[n] = choose(logits, temperature, top_k, draw.random())
+            after_token()
     return result
 
 

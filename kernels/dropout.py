@@ -57,6 +57,8 @@ def keep_below(p: float) -> np.uint32:
 
 def start_of(seed: int) -> np.uint64:
     """Where the sequence of row keys starts: a hash, so that no seed's sequence is another's, a row on."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        raise ValueError(f"dropout: seed is {seed!r}; it must be an integer in 0 to 2**64 - 1")
     with np.errstate(over="ignore"):
         return splitmix(U64(seed) + WEYL)
 

@@ -1,11 +1,13 @@
 """The one decorator that compiles a kernel, its cache on disk, and the number of threads."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,18 @@ SAFE_MATH = {"contract", "reassoc", "nsz"}
 
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
 _config: Any = numba.config                          # its attributes are set at run time
+# numba's own threads, where there is neither OpenMP nor TBB, end the process if two Python threads call.
+_one_at_a_time: Any = threading.Lock() if _config.THREADING_LAYER == "workqueue" else contextlib.nullcontext()
+_started = _forked = False                           # have kernels run, here or in the process forked from
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = _started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def kernel(body: Callable) -> Any:
@@ -80,14 +94,22 @@ def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
     """Run a kernel on its arguments and the number of its tasks, on no more threads than there are tasks.
 
     A thread without a task would be waited for too, and on a busy machine that is long: 5 us become 2 ms.
+    RuntimeError in a process that was forked after kernels had run: their threads did not come along, and
+    OpenMP ends such a process or hangs.
     """
-    if tasks >= max_threads():                   # no need to ask, which takes as long as a small kernel
-        kernel(*arguments, tasks)
-        return
-    threads = numba.get_num_threads()
-    if tasks >= threads:
-        kernel(*arguments, tasks)
-    else:
+    global _started
+    if _forked:
+        raise RuntimeError("kernels cannot run in a process that was forked after kernels had run; start it "
+                           'with multiprocessing.get_context("spawn"), or fork before the first kernel')
+    _started = True
+    with _one_at_a_time:
+        if tasks >= max_threads():               # no need to ask, which takes as long as a small kernel
+            kernel(*arguments, tasks)
+            return
+        threads = numba.get_num_threads()
+        if tasks >= threads:
+            kernel(*arguments, tasks)
+            return
         numba.set_num_threads(tasks)
         try:
             kernel(*arguments, tasks)

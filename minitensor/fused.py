@@ -97,7 +97,16 @@ def gelu(x, approximate="none"):
 
 # ---- layernorm ---------------------------------------------------------------------------------------------
 
+def _check_layernorm(x, weight, bias):
+    _check_axes("layernorm", x)
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None and array.shape != x.shape[-1:]:
+            raise ValueError(f"layernorm: {name} is {array.shape}, x is {x.shape}; "
+                             f"{name}.shape must equal x.shape[-1:]")
+
+
 def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
+    _check_layernorm(x, weight, bias)
     centred = x - np.mean(x, axis=-1, keepdims=True)
     normal = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
     return normal * weight if bias is None else normal * weight + bias
@@ -106,7 +115,7 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 @fused(reference=_layernorm_reference)
 def layernorm(x, weight, bias=None, *, eps=1e-5):
     """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
-    _check_axes("layernorm", x)
+    _check_layernorm(x, weight, bias)
     rows = _rows(x)
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
     y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)

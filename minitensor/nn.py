@@ -117,6 +117,8 @@ class Linear(Module):
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        if inputs < 1 or outputs < 1:
+            raise ValueError(f"Linear: inputs is {inputs}, outputs is {outputs}; both must be at least 1")
         bound = 1 / math.sqrt(inputs)
         self.weight = _uniform(bound, (outputs, inputs))
         self.bias = _uniform(bound, (outputs,)) if bias else None

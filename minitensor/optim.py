@@ -50,16 +50,29 @@ def warmup_cosine(step: int, steps: int, warmup: int, lr: float, min_lr: float) 
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _described(p: Any) -> str:
+    if not isinstance(p, Tensor):
+        return f"a {type(p).__name__}"
+    return "the result of an op" if p.node is not None else "a Tensor without requires_grad"
+
+
 class _Optimizer:
     """What the optimizers share: the parameters, the learning rate, and forgetting gradients."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
+        name = type(self).__name__
         self.parameters = list(parameters)
         self.lr = lr
+        for p in self.parameters:
+            if not isinstance(p, Tensor) or not p.requires_grad or p.node is not None:
+                raise TypeError(f"{name}: parameters are a list of Tensors with requires_grad=True that no "
+                                f"op made, as from module.parameters(); among them is {_described(p)}")
+        if not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+            raise ValueError(f"{name}: lr is {lr!r}; it must be 0 or a positive number")
         if not self.parameters:
-            raise ValueError(f"{type(self).__name__}: there are no parameters")
+            raise ValueError(f"{name}: there are no parameters")
         if len({id(p) for p in self.parameters}) < len(self.parameters):
-            raise ValueError(f"{type(self).__name__}: a parameter is listed twice; list each once, "
+            raise ValueError(f"{name}: a parameter is listed twice; list each once, "
                              "as module.parameters() does")
 
     def zero_grad(self) -> None:
@@ -99,6 +112,8 @@ class AdamW(_Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
                  max_norm: float | None = None):
         super().__init__(parameters, lr)
+        if not (isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"AdamW: betas is {betas!r}; it must be two numbers in [0, 1)")
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
         self.steps = [0] * len(self.parameters)          # of each that it had a gradient
         self.first = [np.zeros_like(p.data) for p in self.parameters]

@@ -178,8 +178,16 @@ class Tensor:
 
     # ---- operators and methods: numpy's, by numpy's functions ----------------------------------------------
     __hash__ = object.__hash__
-    __eq__ = object.__eq__
-    __ne__ = object.__ne__
+
+    def __eq__(self, y: Any) -> bool:
+        if isinstance(y, (int, float, np.ndarray, np.generic)):
+            raise TypeError(f"==: a Tensor is equal to itself alone, not to a {type(y).__name__}; "
+                            "np.equal(t, y) compares the elements")
+        return self is y
+
+    def __ne__(self, y: Any) -> bool:
+        return not self == y
+
     def __lt__(self, y: Any) -> np.ndarray: return _np.less(self, y)
     def __le__(self, y: Any) -> np.ndarray: return _np.less_equal(self, y)
     def __gt__(self, y: Any) -> np.ndarray: return _np.greater(self, y)
@@ -271,9 +279,19 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
                 return reference(*inputs, **options)
             if elementwise:
                 inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(x, dtype) for x in inputs)
-            value, vjp = body(*[x.data if isinstance(x, Tensor) else x for x in inputs], **options)
+            elif reference is not None:
+                inputs = tuple(_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs)
+            returned = body(*[x.data if isinstance(x, Tensor) else x for x in inputs], **options)
+            if type(returned) is not tuple or len(returned) != 2 or not (
+                    type(returned[1]) is tuple or callable(returned[1])):
+                raise TypeError(f"{name}: an op returns its value and its vjp, as in "
+                                "'return x * x, lambda g: g * (2 * x)'")
+            value, vjp = returned
             result = Tensor.__new__(Tensor)
             result.data = value if type(value) is np.ndarray else np.asarray(value)
+            if result.data.dtype.kind != "f":
+                raise TypeError(f"{name}: the value is an array of {result.data.dtype}; an op gives float32 "
+                                "or float64")
             result.grad = result.node = None
             result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad
                                                             for x in inputs)
@@ -307,7 +325,9 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
         if not x.requires_grad:
             raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, "
                              "so nothing was recorded of it")
-    found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, retain_graph, create_graph)}
+    found = {}
+    if output.requires_grad:
+        found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, retain_graph, create_graph)}
     results = (found.get(id(x), np.zeros_like(x.data)) for x in inputs)
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
 
@@ -424,6 +444,12 @@ def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
                 raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {x.dtype}, "
                                 f"another is {dtype}; convert one with .astype(np.{dtype})")
     return dtype
+
+
+def _listed(x: Any, dtype: np.dtype) -> np.ndarray:
+    """A list as an array, of the Tensors' dtype unless it holds integers or booleans."""
+    array = np.asarray(x)
+    return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
 def _weak(x: Any, dtype: np.dtype) -> Any:

@@ -30,6 +30,8 @@ def gradcheck(f: Callable, *inputs: Any, order: int = 2, eps: float = 1e-3, rtol
     max(1, |x|); no kink may be nearer than two steps. rtol, atol: of the element, and of the largest element.
     Raises GradientError, which names the function, the argument and the index.
     """
+    if order < 1:
+        raise ValueError(f"gradcheck: order is {order}; it must be at least 1")
     arrays = [np.array(x, dtype=np.float64) for x in inputs]
     name = name or getattr(f, "__name__", type(f).__name__)
     for level in range(1, order + 1):

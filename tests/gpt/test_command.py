@@ -13,6 +13,7 @@ import pytest
 import kernels
 from gpt import command
 from gpt.checkpoint import load, load_model
+from gpt.cli import interruptible, run
 from gpt.data import find_text
 from gpt.verse import verse
 from kernels.cpu import TARGET
@@ -105,7 +106,9 @@ BAD = {
     "unknown recipe": (["--recipe", "cake"], "invalid choice: 'cake'"),
     "precision": (["--precision", "half"], "invalid choice: 'half'"),
     "threads": (["--threads", "0"], "--threads: "),
-    "sample": (["--sample", "-1"], "--sample is -1; it must be at least 0"),
+    "sample": (["--sample", "-1"], "--sample is -1; it must be in 0 to 1,000,000,000"),
+    "huge": (["--width", "99999999999999999999", "--heads", "1"], "it must be at least 1, and at most 2**24"),
+    "no memory": (["--width", "16777216", "--heads", "1"], "the memory does not hold this"),
     "out": (["--out", "{tmp}/empty.txt/run"], "which cannot be written"),
 }
 
@@ -202,3 +205,40 @@ def test_an_interruption_before_the_first_step_changes_nothing(text, tmp_path, c
     assert "interrupted before the first step; nothing was written" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert kernels.jit.compiling is None
+
+
+def test_a_folder_where_a_file_should_be_is_found_before_training(text, tmp_path, capsys):
+    (tmp_path / "out" / "sample.txt").mkdir(parents=True)
+    assert train(text, tmp_path / "out") == 2
+    assert "sample.txt in it is a folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sample.txt"]
+
+
+def test_a_text_without_new_lines_can_be_sampled_without_a_prompt(tmp_path):
+    (tmp_path / "line.txt").write_text("hello world " * 300)
+    assert train(tmp_path / "line.txt", tmp_path / "out") == 0
+    checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
+    written = example("sample.py", checkpoint, "--count", "20")
+    assert written.returncode == 0 and len(written.stdout) == 22, written.stderr
+    refused = example("sample.py", checkpoint, "--seed", "-1")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --seed is -1;")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_signals_are_noted_and_raised_at_a_place_of_choice():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with interruptible() as check:
+            check()
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            with pytest.raises(KeyboardInterrupt):
+                check()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_an_interrupted_command_ends_in_one_line(capsys):
+    def command(arguments):
+        raise KeyboardInterrupt
+    assert run(command) == 130
+    assert capsys.readouterr().err == "interrupted\n"

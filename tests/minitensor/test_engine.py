@@ -434,3 +434,34 @@ def test_a_vjp_with_too_few_gradients_is_named():
 
     with pytest.raises(TypeError, match="the vjp of 'floating' gave a float for argument 0"):
         floating(leaf(1.0)).backward()
+
+
+def test_an_op_that_returns_no_vjp_or_integers_is_named():
+    @op()
+    def forgetful(x):
+        return x * 2
+
+    @op()
+    def counting(x):
+        return np.ones(x.shape, int), lambda g: g
+
+    with pytest.raises(TypeError, match="forgetful: an op returns its value and its vjp"):
+        forgetful(leaf(1.0, 2.0))
+    with pytest.raises(TypeError, match="counting: the value is an array of int64"):
+        counting(leaf(1.0))
+
+
+def test_comparing_with_a_number_is_an_error_as_equality_is_identity():
+    x = leaf(1.0, 0.0)
+    for wrong in (0, 1.0, np.float32(0), np.zeros(2)):
+        with pytest.raises(TypeError, match=r"==: a Tensor is equal to itself alone.*np.equal"):
+            x == wrong       # noqa: B015
+        with pytest.raises(TypeError, match=r"np\.equal"):
+            x != wrong       # noqa: B015
+    assert x != None and x != "x" and not (x == x.detach())      # noqa: E711
+
+
+def test_the_gradient_of_what_depends_on_nothing_is_zeros():
+    x = leaf(1.0, 2.0)
+    dx, = grad(np.sum(2 * x), x, create_graph=True)
+    np.testing.assert_array_equal(grad(np.sum(dx), x)[0].numpy(), [0, 0])

@@ -203,3 +203,17 @@ def test_the_same_parameter_twice_is_an_error():
     for make in (SGD, AdamW):
         with pytest.raises(ValueError, match=f"{make.__name__}: a parameter is listed twice"):
             make([p, p], lr=0.1)
+
+
+def test_what_cannot_be_trained_is_an_error():
+    p = Tensor(np.ones(3), requires_grad=True)
+    for wrong, named in ((p, "the result of an op"), ([2 * p], "the result of an op"),
+                         ([np.ones(3)], "a ndarray"), ([Tensor(np.ones(3))], "a Tensor without requires_grad")):
+        with pytest.raises(TypeError, match=f"AdamW: parameters are a list .* among them is {named}"):
+            AdamW(wrong)
+    for lr in (-1, "a", np.inf, np.nan):
+        with pytest.raises(ValueError, match=r"SGD: lr is .*; it must be 0 or a positive number"):
+            SGD([p], lr)
+    for betas in ((2, 3), 0.9, (0.9,)):
+        with pytest.raises(ValueError, match=r"AdamW: betas is .*; it must be two numbers"):
+            AdamW([p], betas=betas)

@@ -81,3 +81,8 @@ def test_axes_of_a_scalar(data):
 def test_failures_shrink_to_something_small():
     x = find(strategies.shapes(min_side=0).flatmap(strategies.arrays), lambda x: bool(np.any(x > 1)))
     assert x.size == 1 and x.max() == 1 + 1 / 64
+
+
+def test_an_order_below_one_would_check_nothing():
+    with pytest.raises(ValueError, match="gradcheck: order is 0; it must be at least 1"):
+        gradcheck(np.exp, [0.5], order=0)
