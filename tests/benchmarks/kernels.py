@@ -12,14 +12,17 @@ import functools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-import kernels
-from kernels.cpu import TARGET
+sys.path[0] = str(Path(__file__).parents[2])          # `kernels` is the package, not this file
+import kernels  # noqa: E402
+from kernels.cpu import TARGET  # noqa: E402
 
 SHAPES = [(768, 128, 384), (768, 128, 512), (768, 128, 65), (768, 512, 128), (2048, 384, 1152),
           (2048, 384, 1536), (2048, 384, 384), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048),

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.config import Config
+sys.path[0] = str(Path(__file__).parents[2])          # `kernels` is the package, not the file beside this one
+from gpt.config import Config  # noqa: E402
 
 VOCABULARY = {"gpt2": 50304}            # 65 for the others
 CONFIGS = {
@@ -54,9 +55,9 @@ def ours(config: Config, vocabulary: int, precision: str):
 
 def peer(config: Config, vocabulary: int, mode: str):
     """As `ours`, in PyTorch."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "gpt"))
     import torch
-    import torch_peer
+
+    from tests.gpt import torch_peer
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
     model = torch_peer.build(config, vocabulary)

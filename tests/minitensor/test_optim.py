@@ -208,7 +208,8 @@ def test_the_same_parameter_twice_is_an_error():
 def test_what_cannot_be_trained_is_an_error():
     p = Tensor(np.ones(3), requires_grad=True)
     for wrong, named in ((p, "the result of an op"), ([2 * p], "the result of an op"),
-                         ([np.ones(3)], "a ndarray"), ([Tensor(np.ones(3))], "a Tensor without requires_grad")):
+                         ([np.ones(3)], "a ndarray"),
+                         ([Tensor(np.ones(3))], "a Tensor without requires_grad")):
         with pytest.raises(TypeError, match=f"AdamW: parameters are a list .* among them is {named}"):
             AdamW(wrong)
     for lr in (-1, "a", np.inf, np.nan):
