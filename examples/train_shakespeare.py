@@ -1,4 +1,4 @@
-"""Train a GPT on Shakespeare, on this machine's CPU, with numpy and numba alone.
+"""Train a GPT on Shakespeare, on this machine's CPU: all arithmetic is numpy and numba.
 
     python examples/train_shakespeare.py                     nanoGPT's recipe for a CPU, a few minutes
     python examples/train_shakespeare.py --recipe lecture    the lecture's scaled-up GPT, many hours

@@ -4,8 +4,9 @@
 
 B is copied once into panels as wide as the register tile, so that the tile reads it in order. A is read where
 it is, but for a last partial tile of rows, and for rows whose distance makes them share a few sets of the
-cache. Blocks of K keep a panel of B near; blocks of rows keep A in the second-level cache. Every sum over K
-runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+cache; for products in bfloat16 both are copied, and rounded on the way. Blocks of K keep a panel of B near;
+blocks of rows keep A in the second-level cache. Every sum over K runs in the same order however C is cut up,
+so the bits do not depend on the number of threads.
 """
 from __future__ import annotations
 
@@ -43,9 +44,11 @@ _state = _State()
 
 
 def set_matmul_precision(precision: str) -> None:
-    """How this thread multiplies float32: "highest" in float32, "bf16" with operands rounded to bfloat16.
+    """How `matmul` and `linear_forward` multiply float32 in this thread: "highest" in float32, "bf16" with
+    operands rounded to bfloat16 (relative error up to 2**-8 of each product).
 
-    Sums are float32 either way, and float64 is not touched. RuntimeError where the CPU has no such products.
+    Sums are float32 either way; float64, column sums and attention are as always. RuntimeError where the CPU
+    has no such products.
     """
     if precision not in ("highest", "bf16"):
         raise ValueError(f"set_matmul_precision: precision is {precision!r}; it must be 'highest' or 'bf16'")

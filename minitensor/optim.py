@@ -13,6 +13,8 @@ from minitensor.tensor import Tensor
 
 def grad_norm(parameters: Iterable[Tensor]) -> float:
     """The Euclidean norm of all gradients taken together, summed in float64."""
+    if isinstance(parameters, Tensor):
+        raise TypeError("grad_norm: parameters is a Tensor; it must be a list of Tensors")
     groups: dict[Any, list[Tensor]] = {}                 # of one dtype each: nearly always one
     for p in parameters:
         if p.grad is not None:
@@ -33,7 +35,7 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients in place so that their norm is at most max_norm; returns the norm before."""
-    parameters = list(parameters)
+    parameters = parameters if isinstance(parameters, Tensor) else list(parameters)
     norm = grad_norm(parameters)
     scale = clip_scale(norm, max_norm)
     for p in parameters:

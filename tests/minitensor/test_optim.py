@@ -212,6 +212,8 @@ def test_what_cannot_be_trained_is_an_error():
                          ([Tensor(np.ones(3))], "a Tensor without requires_grad")):
         with pytest.raises(TypeError, match=f"AdamW: parameters are a list .* among them is {named}"):
             AdamW(wrong)
+    with pytest.raises(TypeError, match="grad_norm: parameters is a Tensor; it must be a list"):
+        clip_grad_norm(p, 1.0)
     for lr in (-1, "a", np.inf, np.nan):
         with pytest.raises(ValueError, match=r"SGD: lr is .*; it must be 0 or a positive number"):
             SGD([p], lr)
