@@ -196,7 +196,8 @@ def batch(ids: Ids, batch: int, context: int, seed: int, step: int, rank: int = 
     A function of its arguments alone: the bits are those of Philox with key (seed, rank), from a counter that
     starts with step; all three are from 0 to 2**64 - 1. N is at least context + 1 (see `check_length`).
     """
-    bits = np.random.Philox(key=[seed, rank], counter=[0, step, 0, 0])
+    key, counter = np.array([seed, rank], np.uint64), np.array([0, step, 0, 0], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
     starts = np.random.Generator(bits).integers(len(ids) - context, size=(batch, 1))
     at = starts + np.arange(context)
     return ids[at], ids[at + 1]
