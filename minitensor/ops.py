@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
+from kernels import memory
 from minitensor.tensor import Tensor, _common_dtype, _weak, implements, op
 
 
@@ -35,7 +36,14 @@ def _alike(name: str, operands: Sequence) -> list:
 @op(np.add)
 def add(x, y):
     """x + y, with broadcasting."""
-    return np.add(x, y), (lambda g: g, lambda g: g)
+    return _sum_of(x, y), (lambda g: g, lambda g: g)
+
+def _sum_of(x: Any, y: Any) -> Any:
+    """x + y; of arrays of one dtype in recycled memory, as a residual stream is a sum in every block."""
+    arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    if arrays and x.dtype == y.dtype and x.size >= memory.PAGE:
+        return np.add(x, y, out=memory.empty(np.broadcast_shapes(x.shape, y.shape), x.dtype))
+    return np.add(x, y)
 
 @op(np.subtract)
 def subtract(x, y):
