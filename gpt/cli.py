@@ -87,7 +87,5 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an OSError, of a full disk say, into BadInput that names the file."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
         raise BadInput(f"{str(path)!r} cannot be written: {error.strerror or error}") from error

@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import os
 import secrets
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from gpt.errors import BadInput
 from gpt.verse import verse
+from kernels.jit import user_cache
 
 # tinyshakespeare
 URL = (
@@ -56,9 +56,10 @@ def find_text(path: str | PathLike[str] | None = None, *, download: bool = True,
             return _from_file(file, f"file {str(file)!r}, from $MINITENSOR_DATA")
         except BadInput as error:
             raise BadInput(f"$MINITENSOR_DATA is {named!r}: {error}") from error
-    cached = Path(user_cache(), "tinyshakespeare.txt")
+    folder = user_cache()
+    cached = folder and Path(folder, "tinyshakespeare.txt")
     try:
-        content = cached.read_bytes()
+        content = cached.read_bytes() if cached else b""
         if _is_tinyshakespeare(content):
             return Text(content.decode(), "tinyshakespeare", f"the cache, {str(cached)!r}", True)
     except OSError:
@@ -71,20 +72,21 @@ def find_text(path: str | PathLike[str] | None = None, *, download: bool = True,
         return _built_in(f"downloading {url} failed ({str(error) or type(error).__name__})")
     if not _is_tinyshakespeare(content):
         return _built_in(f"what came from {url} is something else, {len(content)} bytes")
+    source = f"downloaded from {url}, {_keep(content, cached)}"
+    return Text(content.decode(), "tinyshakespeare", source, True)
+
+
+def _keep(content: bytes, cached: Path | None) -> str:
+    """Write content to the cache, and say how it went."""
+    if cached is None:
+        return "not kept, because there is no home to keep it in"
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cached) as temporary:
             temporary.write_bytes(content)
-        kept = f"kept in {str(cached)!r}"
+        return f"kept in {str(cached)!r}"
     except OSError as error:
-        kept = f"not kept, because {str(cached)!r} cannot be written: {error.strerror}"
-    return Text(content.decode(), "tinyshakespeare", f"downloaded from {url}, {kept}", True)
-
-
-def user_cache() -> Path:
-    """The folder for what is fetched once; for a user without a home a temporary one of this process."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache if os.path.isabs(cache) else tempfile.mkdtemp(), "minitensor")
+        return f"not kept, because {str(cached)!r} cannot be written: {error.strerror}"
 
 
 def _is_tinyshakespeare(content: bytes) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange
 
 from kernels.check import check
-from kernels.jit import helper, kernel, launch
+from kernels.jit import flat_tasks, helper, kernel, launch
 from kernels.simd import pointer
 
 
@@ -43,7 +43,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
                  real(lr / (1 - beta1**step)), real(math.sqrt(1 - beta2**step)), real(eps))
     addresses, ends = _table(*groups.values())
     shrinks = np.array([1 - lr * decay for decay in decays], like.dtype)
-    launch(_adamw, _tasks(ends), like, addresses, ends, shrinks, constants)
+    launch(_adamw, flat_tasks(int(ends[-1])), like, addresses, ends, shrinks, constants)
 
 
 def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
@@ -52,7 +52,7 @@ def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     if not arrays:
         return 0.0
     addresses, ends = _table(arrays)
-    partial = np.empty(_tasks(ends))
+    partial = np.empty(flat_tasks(int(ends[-1])))
     launch(_sum_of_squares, len(partial), arrays[0].reshape(-1)[:0], addresses, ends, partial)
     return float(partial.sum())
 
@@ -73,9 +73,11 @@ def _table(*groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return addresses.T.copy(), np.cumsum([x.size for x in groups[0]])
 
 
-def _tasks(ends: np.ndarray) -> int:
-    """How many tasks all elements are cut into, as `jit.flat_tasks`."""
-    return max(1, min(64, int(ends[-1]) >> 14))
+@helper
+def part_of(ends, n, first, last):
+    """What of array n lies between elements first and last of all, as if they were joined: from i to j."""
+    start = ends[n - 1] if n else 0
+    return max(first, start) - start, min(last, ends[n]) - start
 
 
 @helper
@@ -94,10 +96,9 @@ def _adamw(like, addresses, ends, shrinks, constants, tasks):
 
 @helper
 def adamw_task(like, addresses, ends, shrinks, constants, first, last):
-    """Elements first to last of all parameters, as if they were joined."""
+    """Elements first to last of all parameters."""
     for n in range(len(ends)):
-        start = ends[n - 1] if n else 0
-        i, j = max(first, start) - start, min(last, ends[n]) - start
+        i, j = part_of(ends, n, first, last)
         if i < j:
             adamw_part(array_at(like, addresses[n, 0], i, j), array_at(like, addresses[n, 1], i, j),
                        array_at(like, addresses[n, 2], i, j), array_at(like, addresses[n, 3], i, j),
@@ -126,8 +127,7 @@ def _sum_of_squares(like, addresses, ends, partial, tasks):
 def squares_task(like, addresses, ends, first, last):
     total = 0.0
     for n in range(len(ends)):
-        start = ends[n - 1] if n else 0
-        i, j = max(first, start) - start, min(last, ends[n]) - start
+        i, j = part_of(ends, n, first, last)
         if i < j:
             total += squares_part(array_at(like, addresses[n, 0], i, j))
     return total

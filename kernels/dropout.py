@@ -25,8 +25,8 @@ def dropout(x: np.ndarray, p: float, seed: int) -> np.ndarray:
     """x of any shape -> y; called on the gradient with the same p and seed, it is the backward pass."""
     check("dropout", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    launch(_dropout, flat_tasks(x), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)), start_of(seed),
-           y.reshape(-1))
+    launch(_dropout, flat_tasks(x.size), x.reshape(-1), keep_below(p), x.dtype.type(1 / (1 - p)),
+           start_of(seed), y.reshape(-1))
     return y
 
 

@@ -26,7 +26,7 @@ def gelu_forward(x: np.ndarray, approximate: bool = False) -> np.ndarray:
     """x of any shape -> y; approximate: the tanh form."""
     check("gelu_forward", "x", x)
     y = memory.empty(x.shape, x.dtype)
-    launch(_gelu_forward, flat_tasks(x), x.reshape(-1), approximate, y.reshape(-1))
+    launch(_gelu_forward, flat_tasks(x.size), x.reshape(-1), approximate, y.reshape(-1))
     return y
 
 
@@ -35,7 +35,7 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, approximate: bool = False) -> n
     check("gelu_backward", "dy", dy)
     check("gelu_backward", "x", x, dy.shape, like=dy)
     dx = memory.empty(x.shape, x.dtype)
-    launch(_gelu_backward, flat_tasks(x), dy.reshape(-1), x.reshape(-1), approximate, dx.reshape(-1))
+    launch(_gelu_backward, flat_tasks(x.size), dy.reshape(-1), x.reshape(-1), approximate, dx.reshape(-1))
     return dx
 
 

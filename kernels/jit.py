@@ -122,9 +122,9 @@ def row_tasks(x: np.ndarray) -> int:
     return max(1, min(64, len(x), x.size >> 14))
 
 
-def flat_tasks(x: np.ndarray) -> int:
-    """How many tasks the elements of x are cut into, as `row_tasks`."""
-    return max(1, min(64, x.size >> 14))
+def flat_tasks(size: int) -> int:
+    """How many tasks so many elements are cut into, as `row_tasks`."""
+    return max(1, min(64, size >> 14))
 
 
 # ---- the cache: one folder for one state of all kernel sources, so that no kernel runs stale code ----------
@@ -139,13 +139,18 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def user_cache() -> Path | None:
+    """The user's folder for what can be made or fetched again; None for a user without a home."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(user, "minitensor") if os.path.isabs(user) else None
+
+
 @functools.cache
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept: beside the sources, else in the user's cache, else nowhere: None."""
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     bases = [Path(__file__).parent / "__pycache__"]
-    if os.path.isabs(user):                          # not so for a user without a home
-        bases.append(Path(user) / "minitensor")
+    if user := user_cache():
+        bases.append(user)
     if _config.CACHE_DIR:
         bases.insert(0, Path(_config.CACHE_DIR))
     for base in bases:

@@ -228,23 +228,19 @@ def dropout(x, p, seed=None):
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 def _embedding_reference(ids, weight):
-    return weight[_checked_ids(ids, weight)]
+    ids = _integers("embedding", "ids", ids)
+    check_range("embedding", "ids", ids, len(weight))                # as the kernel does
+    return weight[ids]
 
 
 @fused(reference=_embedding_reference)
 def embedding(ids, weight):
     """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
-    ids = _checked_ids(ids, weight)
+    ids = _integers("embedding", "ids", ids)
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
             (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
-
-
-def _checked_ids(ids: Any, weight: Any) -> np.ndarray:
-    ids = _integers("embedding", "ids", ids)
-    check_range("embedding", "ids", ids, len(weight))
-    return ids
 
 
 def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
@@ -257,8 +253,9 @@ def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
 # ---- cross-entropy -----------------------------------------------------------------------------------------
 
 def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
-    targets = _checked_targets(logits, targets, ignore_index, reduction)
+    targets = _checked_targets(logits, targets, reduction)
     counted = targets != ignore_index
+    check_range("cross_entropy", "targets", targets[counted], logits.shape[-1])     # as the kernel does
     safe = np.where(counted, targets, 0)
     picked = _log_softmax_reference(logits)[(*np.indices(targets.shape, sparse=True), safe)]
     losses = np.where(counted, -picked, 0.0)
@@ -274,7 +271,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
     IndexError for any other target outside 0 to V - 1.
     """
-    targets = _checked_targets(logits, targets, ignore_index, reduction)
+    targets = _checked_targets(logits, targets, reduction)
     rows, flat = _rows(logits), targets.reshape(-1)
     losses, norms = kernels.cross_entropy_forward(rows, flat, ignore_index)
     scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
@@ -289,14 +286,13 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     return losses.sum() * logits.dtype.type(scale), (vjp,)
 
 
-def _checked_targets(logits: Any, targets: Any, ignore_index: int, reduction: str) -> np.ndarray:
+def _checked_targets(logits: Any, targets: Any, reduction: str) -> np.ndarray:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     targets = _integers("cross_entropy", "targets", targets)
     if logits.ndim == 0 or targets.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: logits are {logits.shape}, targets are {targets.shape}; "
                          "targets.shape must equal logits.shape[:-1]")
-    check_range("cross_entropy", "targets", targets[targets != ignore_index], logits.shape[-1])
     return targets
 
 

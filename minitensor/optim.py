@@ -13,14 +13,19 @@ from minitensor.tensor import Tensor
 
 def grad_norm(parameters: Iterable[Tensor]) -> float:
     """The Euclidean norm of all gradients taken together, summed in float64."""
-    if isinstance(parameters, Tensor):
-        raise TypeError("grad_norm: parameters is a Tensor; it must be a list of Tensors")
     groups: dict[Any, list[Tensor]] = {}                 # of one dtype each: nearly always one
-    for p in parameters:
+    for p in _listed(parameters):
         if p.grad is not None:
             groups.setdefault(p.dtype, []).append(p)
     return math.sqrt(sum(kernels.sum_of_squares([_gradient(p) for p in group])
                          for group in groups.values()))
+
+
+def _listed(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """As a list; TypeError for one Tensor, which would be taken for its rows."""
+    if isinstance(parameters, Tensor):
+        raise TypeError("grad_norm: parameters is a Tensor; it must be a list of Tensors")
+    return list(parameters)
 
 
 def _gradient(p: Tensor) -> np.ndarray:
@@ -35,7 +40,7 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients in place so that their norm is at most max_norm; returns the norm before."""
-    parameters = parameters if isinstance(parameters, Tensor) else list(parameters)
+    parameters = _listed(parameters)
     norm = grad_norm(parameters)
     scale = clip_scale(norm, max_norm)
     for p in parameters:

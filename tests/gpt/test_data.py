@@ -235,6 +235,18 @@ def test_check_length():
         data.check_length(ids[:0], ids[:0], context=1)
 
 
+def test_a_user_without_a_home_gets_the_text_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINITENSOR_DATA", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)     # as it does where there is no home
+    monkeypatch.setattr(data, "_download", lambda url: b"to be")
+    monkeypatch.setattr(data, "_is_tinyshakespeare", lambda content: content == b"to be")
+    text = data.find_text()
+    assert text.text == "to be" and "not kept, because there is no home" in text.source
+    assert list(tmp_path.iterdir()) == []
+
+
 words = st.integers(0, 2**64 - 1)
 
 
