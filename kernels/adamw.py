@@ -69,7 +69,8 @@ def _check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: S
 
 def _table(*groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The addresses of the arrays (n, groups), and where each array of a group ends if they are joined."""
-    addresses = np.array([[x.__array_interface__["data"][0] for x in arrays] for arrays in groups], np.int64)
+    # (Not x.__array_interface__: its keys, interned anew each time, make Python's table of strings grow.)
+    addresses = np.array([[x.ctypes.data for x in arrays] for arrays in groups], np.int64)
     return addresses.T.copy(), np.cumsum([x.size for x in groups[0]])
 
 

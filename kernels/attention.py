@@ -103,7 +103,7 @@ def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
 
 def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Arrays of these shapes for each thread."""
-    return tuple(memory.empty((max_threads(), *shape), dtype) for shape in shapes)
+    return tuple([memory.empty((max_threads(), *shape), dtype) for shape in shapes])
 
 
 @kernel
