@@ -272,7 +272,7 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
             if j < i + ROWS + diagonal:
                 register_tile(c, address(a, a_start + i * a_row), a_row, 1,
                               address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, False, True, False)
+                              address(c, i * c_row + j), c_row, depth, 0, 0, True, False)
 
 
 @mover
@@ -283,8 +283,9 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
         n = min(count, i + ROWS + diagonal)
         for d in range(0, width, tile):
             if n > 0:
+                to = address(c, c_start + i * width + d)
                 register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              address(c, c_start + i * width + d), width, n, True, True, False)
+                              to, width, n, to, width, True, False)
 
 
 @mover
@@ -295,9 +296,10 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
         first = max(0, j - diagonal)                     # earlier queries do not see these keys
         for d in range(0, width, tile):
             if first < rows:
+                to = address(c, j * width + d)
                 register_tile(c, address(a, first * a_row + j), 1, a_row,
                               address(b, b_start + first * width + d), width,
-                              address(c, j * width + d), width, rows - first, True, True, False)
+                              to, width, rows - first, to, width, True, False)
 
 
 @mover

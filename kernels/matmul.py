@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import threading
 
+import numba
 import numpy as np
 from numba import prange
 
@@ -20,13 +21,13 @@ from kernels import memory
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel, launch, mover
+from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
 from kernels.pack import pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
 from kernels.simd import ROWS, address, columns, out_of_line, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
 # the second, as a step takes 28 cycles.
-BLOCK_K = 512 if TARGET.vector_bytes == 64 else 384
+BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_N = 4096              # columns of packed B: 512 x 4096 floats are 8 MB, in the last-level cache
 BLOCK_M = 16                # register tiles of A in a task: 224 x 512 floats, in the second-level cache
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
@@ -115,19 +116,37 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
 def column_sum(x: np.ndarray) -> np.ndarray:
     """The sum of the rows of x (N, C) -> (C,)."""
     check("column_sum", "x", x, (None, None))
-    total = memory.empty((1, 1, x.shape[1]), x.dtype)
-    if total.size:
-        _product(np.ones((1, 1, len(x)), x.dtype), x[None], total, len(x), False, False, exact=True)
-    return total[0, 0]
+    tasks = row_tasks(x)
+    partial = memory.zeros((tasks, x.shape[1]), x.dtype)
+    launch(_column_sum, tasks, x, partial)
+    return np.sum(partial, axis=0, out=memory.empty(x.shape[1], x.dtype))
 
 
-def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False, exact=False):
-    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one.
+@kernel
+def _column_sum(x, partial, tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
+        add_rows(x, len(x) * task // tasks, len(x) * (task + 1) // tasks, partial[task])
 
-    exact: in the arrays' own precision, whatever `set_matmul_precision` says.
-    """
+
+@helper
+def add_rows(x, first, last, total):
+    """Four rows at a time, as the total is read and written for each."""
+    whole = first + (last - first) // 4 * 4
+    for i in range(first, whole, 4):
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for j in range(total.size):
+            total[j] += (a[j] + b[j]) + (c[j] + d[j])
+    for i in range(whole, last):
+        a = x[i]
+        for j in range(total.size):
+            total[j] += a[j]
+
+
+def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False):
+    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one."""
     count, m, n = c.shape
-    bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
+    bf16 = _state.precision == "bf16" and c.dtype == np.float32
     width, height = columns(c.dtype), -(-m // ROWS)
     panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in like parts,
     depth += depth % 2 if bf16 else 0                                                     # of whole pairs
@@ -140,15 +159,16 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     size_a, size_b = ROWS * (depth + PAD), depth * width
     packed_a = memory.empty(len(a) * (height - first_copied) * size_a, c.dtype)
     packed_b = memory.empty(len(b) * panels * size_b, c.dtype)
+    edges = memory.empty((max_threads(), ROWS, width), c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
            (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, packed_a, packed_b,
-           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
+           edges, none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed_a, packed_b, bias, activated,
-              approximate, tasks):
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed_a, packed_b, edges, bias,
+              activated, approximate, tasks):
     blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
     height = (m + ROWS - 1) // ROWS                 # in register tiles
@@ -175,10 +195,11 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
                 multiply_block(a[batch_a], packed_a, (batch_a * copied - first_copied) * size_a, first_copied,
                                size_a, packed_b, (batch * panels if batch_b > 1 else 0) * size_b, size_b,
-                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a, bf16)
-                if k0 + depth == k and (bias.size or len(activated)):
-                    finish_block(c[batch], bias, activated[batch:batch + 1], approximate, i0 * ROWS,
-                                 min(m, i1 * ROWS), n0 + first * width, min(n, n0 + last * width))
+                               bias, edges[numba.get_thread_id()], c[batch], i0, i1, k0, depth, n0, width,
+                               first, last, transpose_a, bf16)
+                if k0 + depth == k and len(activated):
+                    activate_block(c[batch], activated[batch], approximate, i0 * ROWS, min(m, i1 * ROWS),
+                                   n0 + first * width, min(n, n0 + last * width))
 
 
 @mover
@@ -231,23 +252,20 @@ def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed, bf16):
 
 
 @helper
-def finish_block(c, bias, activated, approximate, i0, i1, j0, j1):
-    """Bias and activation of rows i0 to i1 and columns j0 to j1, while they are in the cache."""
+def activate_block(c, activated, approximate, i0, i1, j0, j1):
+    """The activation of rows i0 to i1 and columns j0 to j1, while they are in the cache."""
     for i in range(i0, i1):
-        row = c[i, j0:j1]
-        if bias.size:
-            for j in range(j1 - j0):
-                row[j] += bias[j0 + j]
-        if len(activated):
-            gelu_row(row, activated[0, i, j0:j1], approximate)
+        gelu_row(c[i, j0:j1], activated[i, j0:j1], approximate)
 
 
 @helper
-def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, c, i0, i1, k0, depth, n0,
-                   width, first, last, transposed, bf16):
-    """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B, for k0 to k0 + depth."""
-    (m, n), add, deep = c.shape, k0 > 0, (depth + 1) // 2 if bf16 else depth
-    edge = np.empty((ROWS, width), c.dtype)
+def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, bias, edge, c, i0, i1, k0,
+                   depth, n0, width, first, last, transposed, bf16):
+    """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
+
+    edge: scratch for a tile that reaches beyond C.
+    """
+    (m, n), deep = c.shape, (depth + 1) // 2 if bf16 else depth
     for panel in range(first, last):
         j = n0 + panel * width
         b_at = address(b, start_b + panel * size_b)
@@ -262,11 +280,19 @@ def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_
             else:
                 a_at, row, step = address(packed_a, start_a + tile * size_a), deep + PAD, 1
             if i + ROWS <= m and j + width <= n:
-                register_tile(c, a_at, row, step, b_at, width, address(c, i * n + j), n, deep, add, True,
-                              bf16)
+                to, before, before_row = address(c, i * n + j), 0, 0
+                if k0 > 0:
+                    before, before_row = to, n
+                elif bias.size:
+                    before = address(bias, j)
+                register_tile(c, a_at, row, step, b_at, width, to, n, deep, before, before_row, True, bf16)
             else:
-                register_tile(c, a_at, row, step, b_at, width, address(edge, 0), width, deep, False,
+                for r in range(min(ROWS, m - i)):
+                    for s in range(min(width, n - j)):
+                        edge[r, s] = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
+                to = address(edge, 0)
+                register_tile(c, a_at, row, step, b_at, width, to, width, deep, to, width,
                               2 * (n - j) > width, bf16)
                 for r in range(min(ROWS, m - i)):
                     for s in range(min(width, n - j)):
-                        c[i + r, j + s] = edge[r, s] + (c[i + r, j + s] if add else 0)
+                        c[i + r, j + s] = edge[r, s]

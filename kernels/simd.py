@@ -78,28 +78,29 @@ def pointer(typing, like, address):
 
 
 @intrinsic
-def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, add, wide, bf16):
-    """C[ROWS, 2 vectors] = (C if add else 0) + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
+def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16):
+    """C[ROWS, 2 vectors] = first + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
 
-    like: any array of the dtype. a, b, c: addresses of the first elements. a_row, a_step: elements from one
-    row, and from one k, to the next; likewise b_step and c_row. Nothing checks bounds here.
+    like: any array of the dtype. a, b, c, first: addresses of the first elements; first is C itself to add to
+    it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
+    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here.
     bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
     C and a CPU that has such products only).
     """
     n, flag = types.intp, types.boolean
-    signature = types.void(like, n, n, n, n, n, n, n, n, flag, flag, flag)
+    signature = types.void(like, n, n, n, n, n, n, n, n, n, n, flag, flag)
 
     def generate(context, build, signature, args):
-        _, a, a_row, a_step, b, b_step, c, c_row, k, add, wide, bf16 = args
+        _, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16 = args
         real = context.get_value_type(signature.args[0].dtype)
-        a, b, c = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c))
+        a, b, c, first = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c, first))
         for pairs in [False, True][:1 + (TARGET.bf16 and real == ir.FloatType())]:
             for vectors in (1, 2):
                 wanted = build.and_(wide if vectors == 2 else build.not_(wide),
                                     bf16 if pairs else build.not_(bf16))
                 with build.if_then(wanted):
                     build.call(_tile_function(build.module, real, vectors, pairs),
-                               [a, a_row, a_step, b, b_step, c, c_row, k, add])
+                               [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
         return context.get_dummy_value()
 
     return signature, generate
@@ -121,8 +122,8 @@ class _BFloat(ir.Type):
 def _tile_function(module, real, vectors, pairs):
     """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
     lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
-    pointer, flag = real.as_pointer(), ir.IntType(1)
-    arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, flag]
+    pointer = real.as_pointer()
+    arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, pointer, INDEX]
     function = cgutils.get_or_insert_function(
         module, ir.FunctionType(ir.VoidType(), arguments),
         f"register_tile_{'bf16' if pairs else real}_{vectors}")
@@ -130,7 +131,7 @@ def _tile_function(module, real, vectors, pairs):
         return function
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    a, a_row, a_step, b, b_step, c, c_row, k, add = function.args
+    a, a_row, a_step, b, b_step, c, c_row, k, given, given_row = function.args
     vector = ir.VectorType(real, lanes)
     align = TARGET.vector_bytes // lanes
     start, load, head, loop, store = (function.append_basic_block(name) for name in
@@ -158,10 +159,11 @@ def _tile_function(module, real, vectors, pairs):
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
     _prefetch_for_writing(module, build, rows_of_c, vectors)
     places = [(i, j) for i in range(ROWS) for j in range(vectors)]
-    build.cbranch(add, load, head)
+    build.cbranch(build.icmp_unsigned("!=", given, ir.Constant(pointer, None)), load, head)
 
     build.position_at_end(load)
-    old = {(i, j): build.load(vector_at(rows_of_c[i], j), align=align) for i, j in places}
+    old = {(i, j): build.load(vector_at(build.gep(given, [build.mul(given_row, index(i))]), j), align=align)
+           for i, j in places}
     build.branch(head)
 
     build.position_at_end(head)

@@ -155,11 +155,13 @@ def test_linear(dtype, approximate, biased, close):
 
 
 @BOTH
-def test_linear_is_matmul_plus_bias_to_the_bit(dtype, same_bits):
+def test_linear_is_a_product_whose_sums_start_from_the_bias_to_the_bit(dtype, same_bits):
     x, weight, bias = normal(35, 300, dtype=dtype), normal(70, 300, dtype=dtype), normal(70, dtype=dtype)
     product = kernels.matmul(x, weight, transpose_b=True)
     same_bits(kernels.linear_forward(x, weight), (product, product))
-    same_bits([kernels.linear_forward(x, weight, bias, False)[1]], [product + bias])
+    x_and_one, with_bias = np.insert(x, 0, 1, axis=1), np.insert(weight, 0, bias, axis=1)
+    product = kernels.matmul(x_and_one, with_bias, transpose_b=True)
+    same_bits([kernels.linear_forward(x, weight, bias, False)[1]], [product])
 
 
 def test_linear_without_rows_or_columns():
