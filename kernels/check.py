@@ -42,8 +42,9 @@ def check_range(kernel_name: str, name: str, ids: np.ndarray, limit: int) -> Non
 
 
 def _check_shape(kernel: str, name: str, x: np.ndarray, shape: tuple[int | None, ...] | None) -> None:
-    if shape is not None and (len(shape) != x.ndim or any(n not in (None, m) for n, m in zip(shape, x.shape,
-                                                                                           strict=True))):
+    if shape is None or shape == x.shape:
+        return
+    if len(shape) != x.ndim or any([n is not None and n != m for n, m in zip(shape, x.shape, strict=True)]):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{kernel}: {name} has shape {x.shape}; it must be ({wanted})")
 

@@ -26,10 +26,10 @@ from kernels.pack import pack_columns, pack_transposed, pair_columns, pair_row, 
 from kernels.simd import ROWS, address, columns, out_of_line, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
-# the second, as a step takes 28 cycles.
+# the second, which is fast enough, as a step takes 14 cycles or more.
 BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
-BLOCK_N = 4096              # columns of packed B: 512 x 4096 floats are 8 MB, in the last-level cache
-BLOCK_M = 16                # register tiles of A in a task: 224 x 512 floats, in the second-level cache
+BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
+BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
@@ -80,7 +80,7 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
     if k != k_b:
         raise ValueError(f"matmul: inner sizes differ: a is {a.shape}{' transposed' * transpose_a}, "
                          f"b is {b.shape}{' transposed' * transpose_b}")
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = () if a.ndim == b.ndim == 2 else np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
         a, b = _flat_batch(a, batch), _flat_batch(b, batch)
@@ -157,13 +157,14 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     # A is read where it is, but for the rows of a last, partial tile.
     first_copied = m // ROWS if a.strides[1] % SAME_SET and not bf16 else 0
     size_a, size_b = ROWS * (depth + PAD), depth * width
-    packed_a = memory.empty(len(a) * (height - first_copied) * size_a, c.dtype)
-    packed_b = memory.empty(len(b) * panels * size_b, c.dtype)
-    edges = memory.empty((max_threads(), ROWS, width), c.dtype)
+    end_a = len(a) * (height - first_copied) * size_a
+    end_b = end_a + len(b) * panels * size_b
+    scratch = memory.empty(end_b + max_threads() * ROWS * width, c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, packed_a, packed_b,
-           edges, none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
+           (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, scratch[:end_a],
+           scratch[end_a:end_b], scratch[end_b:].reshape(-1, ROWS, width),
+           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
 
 
 @kernel

@@ -5,6 +5,7 @@ Sizes come in four steps to an octave; a request takes the smallest free buffer 
 """
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 from collections import defaultdict
@@ -63,6 +64,7 @@ def release() -> None:
     _free.clear()
 
 
+@functools.lru_cache(4096)
 def _step(size: int) -> int:
     """The smallest step whose buffer holds size bytes (at least a page)."""
     octave = max(size - 1, PAGE - 1).bit_length() - 1

@@ -18,7 +18,8 @@ from minitensor.tensor import fused
 
 def _rows(x: np.ndarray) -> np.ndarray:
     """x as a matrix (N, C) of its last axis, C-contiguous and writeable: what kernels are compiled for."""
-    x = np.require(x, requirements=("C", "W"))
+    if not (x.flags.c_contiguous and x.flags.writeable):
+        x = np.require(x, requirements=("C", "W"))
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
