@@ -3,21 +3,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import numpy as np
 
 from minitensor.tensor import Node, Tensor, _caller, _set, _state
-from minitensor.trace import module_path, number, place, summary
+from minitensor.trace import module_path, number, op_name, place, summary
 
 
-def detect_nan() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def detect_nan() -> Iterator[None]:
     """Raise FloatingPointError at the first op, forward or backward, that makes a non-finite number.
 
     Named are the op, the user's line, the module, and the statistics of the op's inputs. What was infinite or
     NaN already may pass, as the -inf of a mask does; but a NaN made of infinities, as inf - inf, is reported.
+    Inside, numpy's own warnings of the same are silent.
 
     >>> import numpy as np, minitensor as mt
     >>> x = mt.Tensor([0.0, 1.0], requires_grad=True)
@@ -29,7 +31,9 @@ def detect_nan() -> contextlib.AbstractContextManager[None]:
       gradient (2,) float32: 1 to 1, mean 1, std 0, 0 % zeros
       argument 0 (2,) float32: 0 to 1, mean 0.5, std 0.5, 50 % zeros
     """
-    return _set(observers=(*_state.observers, _Doctor()))
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"), \
+            _set(observers=(*_state.observers, _Doctor())):
+        yield
 
 
 class _Doctor:
@@ -39,13 +43,13 @@ class _Doctor:
         if made := _made(result.data, inputs):
             node = result.node
             code, instruction = (node.code, node.instruction) if node else _caller(3)
-            raise FloatingPointError(_report(f"op '{op.__name__}' made {made}", code, instruction,
+            raise FloatingPointError(_report(f"op '{op_name(op)}' made {made}", code, instruction,
                                              _state.modules, inputs, None))
 
     def backward(self, node: Node, inputs: tuple, g: Any, argument: int, gx: Any) -> None:
         if made := _made(gx, (g, *inputs)):
             raise FloatingPointError(_report(
-                f"the vjp of '{node.op.__name__}' for argument {argument} made {made}", node.code,
+                f"the vjp of '{op_name(node.op)}' for argument {argument} made {made}", node.code,
                 node.instruction, node.modules, inputs, g))
 
 
@@ -76,7 +80,7 @@ def _report(what: str, code: CodeType, instruction: int, modules: tuple, inputs:
     given += [(f"argument {i}", _array(x)) for i, x in enumerate(inputs)]
     for name, array in given:
         if array.dtype.kind != "f":
-            lines.append(f"  {name} {array.shape} {array.dtype}")
+            lines += [f"  {name} {array.shape} {array.dtype}"] * (array.dtype.kind in "iub")
             continue
         s = summary(array)
         lines.append(f"  {name} {s.shape} {s.dtype}: {number(s.min)} to {number(s.max)}, "

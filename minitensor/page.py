@@ -3,18 +3,20 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import math
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from minitensor.tensor import Tensor
-from minitensor.trace import Step, Summary, Trace, number, summary
+from minitensor.trace import Step, Summary, Trace, number, op_name, summary
 
 SHOWN = 64                                   # elements whose numbers a page shows; of others, the colours
-WIDTH, GAP = 148, 28                         # of a box, and between boxes; the lines take less
+WIDTH, GAP = 160, 28                         # of a box, and between boxes or lines
 
 
 def trace_html(trace: Trace) -> str:
@@ -28,13 +30,14 @@ def trace_html(trace: Trace) -> str:
 
 def frame_html(trace: Trace) -> str:
     """The page in a frame of its own, for a notebook."""
-    return (f'<iframe srcdoc="{html.escape(trace_html(trace))}" sandbox="allow-scripts" title="backward pass" '
-            'style="width: 100%; height: 680px; border: 1px solid #8884; border-radius: 8px"></iframe>')
+    style = "width: 100%; height: 680px; border: 1px solid #8884; border-radius: 8px"
+    return (f'<iframe srcdoc="{html.escape(trace_html(trace))}" sandbox="allow-scripts" '
+            f'title="backward pass" style="{style}"></iframe>')
 
 
 def tensor_html(x: Tensor) -> str:
     """A Tensor in a notebook: what it is, its values in colour, and its gradient's."""
-    made = f", made by {x.node.op.__name__}" if x.node else ", requires a gradient" * x.requires_grad
+    made = f", made by {op_name(x.node.op)}" if x.node else ", requires a gradient" * x.requires_grad
     parts = [f"<b>Tensor</b> {html.escape(f'{x.shape} {x.dtype}{made}')}", _picture(summary(x.data))]
     if x.grad is not None:
         parts += ["gradient", _picture(summary(x.grad.data))]
@@ -118,66 +121,94 @@ def layout(steps: list[Step]) -> tuple[list[float], list[int], list[list[float]]
     """Each step's x and layer, and the x of its bus in the layers above it (Sugiyama's method).
 
     A layer is the length of the longest way from the loss. All gradients that a step receives from further
-    away than the layer above it join its bus, one vertical line, so that edges pass beside the boxes. Where
-    that would need very many points, edges of more than 64 layers are drawn straight.
+    away than the layer above it join its bus, one line that goes down beside the boxes. Where buses would
+    have very many points, edges of more than 64 layers are drawn straight.
     """
-    layer = [0] * len(steps)
+    layer, height = [0] * len(steps), [0] * len(steps)       # longest ways from the top and to the bottom
     for i, step in enumerate(steps):                         # a sender precedes its receivers
         for flow in step.sent:
             layer[flow.step] = max(layer[flow.step], layer[i] + 1)
+    for i in range(len(steps) - 1, -1, -1):
+        below = [flow.step for flow in steps[i].sent]
+        height[i] = max((layer[j] - layer[i] + height[j] for j in below), default=0)
 
     def reach(i: int, most: float) -> int:
-        spans = [layer[i] - layer[flow.step] for flow in steps[i].received]
+        spans = (layer[i] - layer[flow.step] for flow in steps[i].received)
         return max((span for span in spans if span <= most), default=1)
 
     most = math.inf if sum(reach(i, math.inf) for i in range(len(steps))) <= 20_000 else 64
-    above: list[list[int]] = [[] for _ in steps]             # of each point: its neighbours one layer up
-    at = list(layer)                                         # the layer of each point; points after steps: buses
-    bus: list[list[int]] = []
+    at = list(layer)                                         # the layer of each point: steps, then buses
+    above: list[list[int]] = [[] for _ in steps]             # the points in the layer above that lead to it
+    buses: list[list[int]] = []
     for i, step in enumerate(steps):
-        points = list(range(len(at), len(at) + reach(i, most) - 1))
-        first = layer[i] - len(points)
+        bus = list(range(len(at), len(at) + reach(i, most) - 1))
+        first = layer[i] - len(bus)
         at += range(first, layer[i])
-        above += [[] for _ in points]
-        bus.append(points)
-        column = [*points, i]
-        for upper, lower in zip(column, column[1:], strict=False):
+        height += [layer[i] - row + height[i] for row in range(first, layer[i])]
+        above += [[] for _ in bus]
+        buses.append(bus)
+        column = [*bus, i]
+        for upper, lower in itertools.pairwise(column):
             above[lower].append(upper)
-        for flow in step.received:
-            entry = layer[flow.step] + 1 - first
-            if entry >= 0:
-                above[column[entry]].append(flow.step)
-    below: list[list[int]] = [[] for _ in at]
-    for lower, uppers in enumerate(above):
-        for upper in uppers:
-            below[upper].append(lower)
-
-    rows: list[list[int]] = [[] for _ in range(max(at) + 1)]
-    for point in sorted(range(len(at)), key=lambda point: point < len(steps)):
-        rows[at[point]].append(point)
-    x = [0.0] * len(at)
-    width = [float(WIDTH)] * len(steps) + [0.0] * (len(at) - len(steps))
-    for turn in range(8):                                    # down, up, down, ...: towards the neighbours' mean
-        for row in rows if turn % 2 == 0 else rows[::-1]:
-            near = above if turn % 2 == 0 else below
-            wished = {p: sum(x[q] for q in near[p]) / len(near[p]) if near[p] else x[p] for p in row}
-            row.sort(key=lambda p: wished[p])
-            _place(row, wished, width, x)
+        for sender in {flow.step for flow in step.received}:
+            if layer[sender] + 1 >= first:
+                above[column[layer[sender] + 1 - first]].append(sender)
+    x = _coordinates(at, above, height, len(steps))
     left = min(x)
     x = [round(v - left, 1) for v in x]
-    return x[:len(steps)], layer, [[x[point] for point in points] for points in bus]
+    return x[:len(steps)], layer, [[x[point] for point in bus] for bus in buses]
 
 
-def _place(row: list[int], wished: dict[int, float], width: list[float], x: list[float]) -> None:
-    """Give a row's points, in their order, the x they wish, but no two boxes overlap.
+def _coordinates(at: list[int], above: list[list[int]], height: list[int], boxes: int) -> list[float]:
+    """The x of each point; the first `boxes` points are boxes, the others lines."""
+    below: list[list[int]] = [[] for _ in at]
+    rows: list[list[int]] = [[] for _ in range(max(at) + 1)]
+    for point, uppers in enumerate(above):
+        rows[at[point]].append(point)
+        for upper in uppers:
+            below[upper].append(point)
+    x = [0.0] * len(at)
 
-    Packed from the left and packed from the right keep the distances, so their mean does too.
+    def distance(p: int, q: int) -> float:
+        return ((p < boxes) + (q < boxes)) * WIDTH / 2 + GAP
+
+    for turn in range(8):                                    # down, up, ...: order by the mean neighbour
+        for row in rows if turn % 2 == 0 else rows[::-1]:
+            near = below if turn % 2 else above
+            wished = {p: sum(x[q] for q in near[p]) / len(near[p]) if near[p] else x[p] for p in row}
+            row.sort(key=lambda p: wished[p])
+            _place(row, [wished[p] for p in row], [1] * len(row), distance, x)
+
+    heir = {p: max(lower, key=lambda q: (height[q], q < boxes)) for p, lower in enumerate(below) if lower}
+    for row in rows:                                         # straight down to the heir, the others beside it
+        place = {p: i for i, p in enumerate(row)}
+        wishes: list[float] = []
+        weights: list[float] = []
+        for p in row:
+            parents = [q for q in above[p] if heir[q] == p]
+            parent = min(parents or above[p], default=p)
+            side = 0 if parents or parent == p else 1 if place[p] > place[heir[parent]] else -1
+            wishes.append(x[parent] + side * distance(p, heir.get(parent, p)))
+            weights.append(100 if parents and p < boxes else 10 if parents else 1)
+        _place(row, wishes, weights, distance, x)
+    return x
+
+
+def _place(row: list[int], wishes: Sequence[float], weights: Sequence[float],
+           distance: Callable[[int, int], float], x: list[float]) -> None:
+    """Move a row's points as little as keeping their order and distances asks, by weighted least squares.
+
+    Without the distances it is isotonic regression, which pools neighbours that are in the wrong order.
     """
-    distance = [(width[p] + width[q]) / 2 + GAP for p, q in zip(row, row[1:], strict=False)]
-    right, left = [wished[p] for p in row], [wished[p] for p in row]
-    for i, d in enumerate(distance):
-        right[i + 1] = max(right[i + 1], right[i] + d)
-    for i in range(len(distance) - 1, -1, -1):
-        left[i] = min(left[i], left[i + 1] - distance[i])
-    for p, a, b in zip(row, left, right, strict=True):
-        x[p] = (a + b) / 2
+    offsets = list(itertools.accumulate((distance(p, q) for p, q in itertools.pairwise(row)), initial=0.0))
+    pools: list[tuple[float, float, int]] = []               # mean, weight, how many points
+    for wish, weight, offset in zip(wishes, weights, offsets, strict=True):
+        mean, count = wish - offset, 1
+        while pools and pools[-1][0] > mean:
+            before, more, n = pools.pop()
+            mean, weight = (before * more + mean * weight) / (more + weight), more + weight
+            count += n
+        pools.append((mean, weight, count))
+    means = itertools.chain.from_iterable([mean] * count for mean, _, count in pools)
+    for p, mean, offset in zip(row, means, offsets, strict=True):
+        x[p] = mean + offset

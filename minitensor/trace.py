@@ -12,6 +12,7 @@
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -144,7 +145,7 @@ def trace(loss: Tensor, gradient: Any = None, retain_graph: bool = False) -> Tra
             steps.append(Step("leaf", names.tensors.get(id(x)) or variables.get(id(x), ""), "", "", 0, "", "",
                               {}, x.shape, str(x.dtype), value, recorder.gradients[i], *flows, "", []))
             continue
-        steps.append(Step(node.op.__name__, variables.get(id(x), ""), names.module(node.modules),
+        steps.append(Step(op_name(node.op), variables.get(id(x), ""), names.module(node.modules),
                           *place(node.code, node.instruction), _options(node.options),
                           {j: _constant(y) for j, y in enumerate(inputs[i])
                            if not (isinstance(y, Tensor) and y.requires_grad)},
@@ -214,6 +215,8 @@ def summary(array: Any) -> Summary:
         with np.errstate(over="ignore"):
             centred = np.ravel(finite - finite.dtype.type(mean))
             std = math.sqrt(np.vdot(centred, centred) / centred.size)
+            if math.isinf(std):                              # the squares are too large for float32
+                std = float(np.std(finite, dtype=np.float64))
     zeros = np.count_nonzero(array == 0) / max(array.size, 1)
     return Summary(array.shape, str(array.dtype), low, high, mean, std, zeros, array.size - finite.size,
                    _sample(array))
@@ -261,12 +264,14 @@ class _Names:
         self.tensors: dict[int, str] = {}
 
     def module(self, stack: tuple) -> str:
-        """The path of the innermost module of a stack; the class's name for one that has no path."""
-        if not stack or (innermost := stack[0]()) is None:
+        """The path of the innermost module of a stack that still lives; its class's name if it has none."""
+        living = []
+        while stack:
+            reference, stack = stack
+            living += [module] if (module := reference()) is not None else []
+        if not living:
             return ""
-        while stack[1]:
-            stack = stack[1]
-        outermost = stack[0]()
+        innermost, outermost = living[0], living[-1]
         if id(outermost) not in self.modules:
             named = list(outermost.named_modules())[::-1]        # the first of several paths is written last
             self.modules[id(outermost)] = {id(module): path for path, module in named}
@@ -274,24 +279,34 @@ class _Names:
         return self.modules[id(outermost)].get(id(innermost)) or type(innermost).__name__
 
 
+def op_name(op: Callable) -> str:
+    """The op's name as users know it: a fused op's may begin with an underscore."""
+    return op.__name__.lstrip("_")
+
+
 def module_path(stack: tuple) -> str:
     """The path of the module that was being called, such as "blocks.2.attention"."""
     return _Names().module(stack)
 
 
-@functools.lru_cache(4096)
 def place(code: CodeType, instruction: int) -> tuple[str, int, str]:
     """The file, the line and the text of the expression at an instruction."""
+    return code.co_filename, *_expression(code, code.co_filename, instruction)
+
+
+@functools.lru_cache(4096)
+def _expression(code: CodeType, file: str, instruction: int) -> tuple[int, str]:
+    """file is code's: the same code in two files is equal."""
     positions = next(itertools.islice(code.co_positions(), instruction // 2, None))
     first, last, start, end = positions
     if first is None:
-        return code.co_filename, code.co_firstlineno, ""
-    lines = [linecache.getline(code.co_filename, n) for n in range(first, (last or first) + 1)]
+        return code.co_firstlineno, ""
+    lines = [linecache.getline(file, n) for n in range(first, (last or first) + 1)]
     if start is not None and end is not None:                    # columns are counted in bytes
         lines[-1] = lines[-1].encode()[:end].decode(errors="ignore")
         lines[0] = lines[0].encode()[start:].decode(errors="ignore")
     text = " ".join(" ".join(lines).split())
-    return code.co_filename, first, text if len(text) <= 200 else text[:199] + "…"
+    return first, text if len(text) <= 200 else text[:199] + "…"
 
 
 def _options(options: Mapping[str, Any]) -> str:
@@ -311,46 +326,49 @@ def _constant(x: Any) -> str:
 
 def _source(op: Callable, vjp: Any) -> tuple[str, list[int]]:
     """The text of the op, of what else holds its vjp, and of its reference; and the lines of the vjp."""
-    functions = [f for f in (vjp if isinstance(vjp, tuple) else (vjp,)) if inspect.isfunction(f)]
-    return _source_of(op.body, op.reference, tuple((f.__code__, _maker(f)) for f in functions))  # type: ignore
+    vjps = [f for f in (vjp if isinstance(vjp, tuple) else (vjp,)) if inspect.isfunction(f)]
+    makers = [f.__globals__.get(f.__qualname__.partition(".")[0]) for f in vjps]     # what each is inside of
+    reference = op.reference                                                         # type: ignore
+    codes = [_code(op.body), *map(_code, makers), *(f.__code__ for f in vjps), _code(reference)]   # type: ignore
+    return _text(tuple(codes), tuple(code and code.co_filename for code in codes))
 
 
-def _maker(vjp: Any) -> Any:
-    """The function in whose body a vjp was made, if it has a name in its file."""
-    return vjp.__globals__.get(vjp.__qualname__.partition(".")[0], vjp)
+def _code(function: Any) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
 
 
 @functools.lru_cache(1024)
-def _source_of(body: Callable, reference: Callable | None, vjps: tuple) -> tuple[str, list[int]]:
+def _text(codes: tuple[CodeType | None, ...], files: tuple) -> tuple[str, list[int]]:
+    """Of the codes of an op, the makers of its vjps, the vjps, and a reference; files: equal code may differ.
+
+    Only code is remembered here: a vjp would keep its arrays alive.
+    """
+    op, reference, count = codes[0], codes[-1], len(codes) // 2 - 1
     text: list[str] = []
+    shown: list[tuple[CodeType, int, int]] = []              # a code, how many lines it has, where in text
+
+    def show(code: CodeType | None) -> None:
+        if code is not None:
+            with contextlib.suppress(OSError):               # its file cannot be read: typed, or made by exec
+                lines, _ = inspect.getsourcelines(code)
+                text.extend([""] * bool(text))
+                shown.append((code, len(lines), len(text)))
+                text.extend(line.rstrip() for line in inspect.cleandoc("\n" + "".join(lines)).splitlines())
+
+    def lines_of(code: CodeType) -> range:
+        last = max(line for *_, line in code.co_lines() if line is not None)
+        for whole, n, at in shown:
+            offset = code.co_firstlineno - whole.co_firstlineno
+            if code.co_filename == whole.co_filename and 0 <= offset < n:
+                return range(at + offset, at + last - whole.co_firstlineno + 1)
+        return range(0)
+
+    show(op)
     marked: set[int] = set()
-    shown: list[tuple[str, int, int, int]] = []              # file, first line, last line, place in text
-
-    def show(function: Any) -> None:
-        function = inspect.unwrap(function)
-        try:
-            lines, first = inspect.getsourcelines(function)
-        except (OSError, TypeError):
-            lines, first = ["# its source is not in a file"], 0
-        file = function.__code__.co_filename if inspect.isfunction(function) else ""
-        if text:
-            text.append("")
-        shown.append((file, first, first + len(lines) - 1, len(text)))
-        text.extend(line.rstrip() for line in inspect.cleandoc("\n" + "".join(lines)).splitlines())
-
-    def within(code: CodeType) -> tuple[int, int] | None:
-        ends = [line for *_, line in code.co_lines() if line is not None]
-        for file, first, last, at in shown:
-            if file == code.co_filename and first <= code.co_firstlineno <= last:
-                return at + code.co_firstlineno - first, at + max(ends) - first
-        return None
-
-    show(body)
-    for code, maker in vjps:
-        if within(code) is None:
-            show(maker)
-        if (lines := within(code)) is not None:
-            marked.update(range(lines[0], lines[1] + 1))
-    if reference is not None:
-        show(reference)
-    return "\n".join(text), sorted(marked)
+    for maker, vjp in zip(codes[1:1 + count], codes[1 + count:-1], strict=True):
+        assert vjp is not None
+        if not lines_of(vjp):
+            show(maker or vjp)
+        marked.update(lines_of(vjp))
+    show(reference)
+    return "\n".join(text) or "# its source is in no file", sorted(marked)
