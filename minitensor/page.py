@@ -46,14 +46,16 @@ def tensor_html(x: Tensor) -> str:
 
 
 def _picture(s: Summary) -> str:
-    """A heat map as a table: orange above 0, blue below, with numbers where there are few."""
+    """A heat map as a table: orange above 0, blue below, grey infinite, with numbers where there are few."""
     peak = _peak(s)
     cells = []
     for row in s.sample:
         cells.append("<tr>")
         for x in row:
             share = abs(x) / peak if np.isfinite(x) else 1
-            colour = ("222, 115, 30" if x > 0 else "52, 120, 190") if np.isfinite(x) else "190, 40, 160"
+            colour = "222, 115, 30" if x > 0 else "52, 120, 190"
+            if not np.isfinite(x):
+                colour = "190, 40, 160" if np.isnan(x) else "140, 143, 150"
             text = number(x, 3) if s.sample.size <= SHOWN else ""
             cells.append(f'<td style="background: rgba({colour}, {0.85 * share:.2f}); text-align: right; '
                          f'padding: {"1px 6px" if text else "3px"}">{text}</td>')
@@ -108,8 +110,7 @@ def _array(s: Summary) -> dict[str, Any]:
         picture["numbers"] = [float(f"{x:.7g}") if math.isfinite(x) else str(x)
                               for x in s.sample.ravel().tolist()]
     else:
-        finite = np.isfinite(s.sample)
-        levels = np.where(finite, np.rint(127 * np.where(finite, s.sample, 0) / _peak(s)), -128)
+        levels = np.nan_to_num(np.rint(126 * (s.sample / _peak(s))), nan=-128, posinf=127, neginf=-127)
         picture["levels"] = base64.b64encode(levels.astype(np.int8).tobytes()).decode()
         picture["peak"] = float(f"{_peak(s):.4g}")
     return {"shape": s.shape, "dtype": s.dtype, "nonfinite": s.nonfinite, **statistics, **picture}

@@ -92,7 +92,7 @@ class Trace:
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table of at most 110 columns: mean ± standard deviation, or the number if there is only one."""
         head = ("step", "op", "where", "module", "shape", "value", "gradient", "sent to")
         rows = [(str(i), step.op, f"{os.path.basename(step.file)}:{step.line}" if step.file else "",
@@ -125,7 +125,7 @@ def trace(loss: Tensor, gradient: Any = None, retain_graph: bool = False) -> Tra
     place. Nothing has to be set up before the forward pass.
     """
     frame = sys._getframe(1)
-    variables = {id(x): name for name, x in (frame.f_globals | frame.f_locals).items()
+    variables = {id(x): name for name, x in {**frame.f_globals, **frame.f_locals}.items()
                  if isinstance(x, Tensor) and not name.startswith("_")}
     tensors = _in_order(loss)
     nodes = [x.node for x in tensors if x.node is not None]
@@ -318,6 +318,9 @@ def _constant(x: Any) -> str:
         x = x.data
     if isinstance(x, np.ndarray) and x.ndim:
         return f"{x.dtype} {x.shape}"
+    if isinstance(x, slice):
+        ends = ("" if end is None else str(end) for end in (x.start, x.stop, x.step))
+        return ":".join(ends) if x.step is not None else ":".join([*ends][:2])
     if isinstance(x, (tuple, list)):
         text = ", ".join(map(_constant, x[:8])) + ", …" * (len(x) > 8)
         return f"({text})"

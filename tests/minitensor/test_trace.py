@@ -162,6 +162,10 @@ def test_constants_and_options():
     assert by_op["multiply"].constants == {1: "0.5"}
     assert by_op["select"].constants == {0: "bool (2,)", 2: "-inf"}
     assert by_op["sum"].options == "axis=0, keepdims=True" and by_op["getitem"].options == "index=0"
+    x, ids = Tensor(np.ones((6, 4, 2)), True), np.array([0, 1])
+    for index, text in ((np.s_[1:], "1:"), (np.s_[:, ::2, -1], "(:, ::2, -1)"), (np.s_[:], ":"),
+                        (np.s_[..., None], "(Ellipsis, None)"), (np.s_[ids], "int64 (2,)")):
+        assert mt.trace(np.sum(x[index]))[1].options == f"index={text}"
 
 
 # ---- where a step came from --------------------------------------------------------------------------------

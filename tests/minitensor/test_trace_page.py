@@ -1,4 +1,5 @@
 """The trace's page: what is in it, how its graph is laid out, and that it works in a real browser."""
+import base64
 import contextlib
 import html.parser
 import itertools
@@ -94,6 +95,8 @@ def test_numbers_that_are_not_finite():
     arrays = {tuple(a["shape"]): a for a in data["arrays"] if a["nonfinite"]}
     assert arrays[1, 3]["numbers"] == [0, "inf", "nan"] and arrays[1, 3]["nonfinite"] == 2
     assert arrays[9, 9]["nonfinite"] == 81 and arrays[9, 9]["min"] is None
+    levels = np.frombuffer(base64.b64decode(arrays[9, 9]["levels"]), np.int8)
+    assert levels.tolist() == [-127] * 81                    # of finite numbers, at the most 126
 
 
 def test_notebooks():
