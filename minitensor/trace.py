@@ -319,8 +319,8 @@ def _constant(x: Any) -> str:
     if isinstance(x, np.ndarray) and x.ndim:
         return f"{x.dtype} {x.shape}"
     if isinstance(x, slice):
-        ends = ("" if end is None else str(end) for end in (x.start, x.stop, x.step))
-        return ":".join(ends) if x.step is not None else ":".join([*ends][:2])
+        ends = ["" if end is None else str(end) for end in (x.start, x.stop, x.step)]
+        return ":".join(ends[:2] if x.step is None else ends)
     if isinstance(x, (tuple, list)):
         text = ", ".join(map(_constant, x[:8])) + ", …" * (len(x) > 8)
         return f"({text})"

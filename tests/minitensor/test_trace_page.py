@@ -164,7 +164,7 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install t
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
