@@ -12,6 +12,7 @@
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -301,12 +302,24 @@ def _expression(code: CodeType, file: str, instruction: int) -> tuple[int, str]:
     first, last, start, end = positions
     if first is None:
         return code.co_firstlineno, ""
-    lines = [linecache.getline(file, n) for n in range(first, (last or first) + 1)]
-    if start is not None and end is not None:                    # columns are counted in bytes
-        lines[-1] = lines[-1].encode()[:end].decode(errors="ignore")
-        lines[0] = lines[0].encode()[start:].decode(errors="ignore")
+    source = linecache.getlines(file)
+    lines = source[first - 1:last]
+    if lines and (first, last, start, end) in _spans("".join(source)):        # or the file is not what ran
+        lines[-1] = lines[-1].encode()[:end].decode()            # columns are counted in bytes
+        lines[0] = lines[0].encode()[start:].decode()
     text = " ".join(" ".join(lines).split())
     return first, text if len(text) <= 200 else text[:199] + "…"
+
+
+@functools.lru_cache(64)
+def _spans(source: str) -> set[tuple]:
+    """The first and last line and column of each expression and statement; none if it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return set()
+    return {(x.lineno, x.end_lineno, x.col_offset, x.end_col_offset) for x in ast.walk(tree)
+            if isinstance(x, (ast.expr, ast.stmt))}
 
 
 def _options(options: Mapping[str, Any]) -> str:

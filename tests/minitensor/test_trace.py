@@ -240,6 +240,14 @@ def test_code_without_a_file():
     assert place(compile("1", "gone.py", "eval"), 0)[0] == "gone.py"
 
 
+def test_code_that_is_not_quite_its_file(tmp_path):
+    file = tmp_path / "lesson.txt"
+    file.write_text("'''A lesson.\n    >>> y = np.exp(x) * (x + 2)\n'''\n")
+    names = {"np": np, "x": leaf(2.0)}
+    exec(compile("\ny = np.exp(x) * (x + 2)", str(file), "exec"), names)
+    assert {s.code for s in mt.trace(names["y"][0])[1:4]} == {">>> y = np.exp(x) * (x + 2)"}
+
+
 def test_source_and_vjp():
     @mt.op()
     def cube(x):
