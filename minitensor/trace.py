@@ -163,7 +163,8 @@ def _in_order(loss: Tensor) -> list[Tensor]:
             if id(x) not in reached:
                 reached[id(x)] = x
                 waiting.append(x)
-    results = sorted((x for x in reached.values() if x.node), key=lambda x: -x.node.serial)  # type: ignore
+    results = [x for _, x in sorted(((-x.node.serial, x) for x in reached.values() if x.node),
+                                    key=lambda pair: pair[0])]
     leaves = {id(x): x for result in results for x in _differentiable(result) if not x.node}
     return [*results, *leaves.values()] if results else [loss]
 
@@ -344,8 +345,8 @@ def _source(op: Callable, vjp: Any) -> tuple[str, list[int]]:
     """The text of the op, of what else holds its vjp, and of its reference; and the lines of the vjp."""
     vjps = [f for f in (vjp if isinstance(vjp, tuple) else (vjp,)) if inspect.isfunction(f)]
     makers = [f.__globals__.get(f.__qualname__.partition(".")[0]) for f in vjps]     # what each is inside of
-    reference = op.reference                                                         # type: ignore
-    codes = [_code(op.body), *map(_code, makers), *(f.__code__ for f in vjps), _code(reference)]   # type: ignore
+    body, reference = op.body, op.reference                  # type: ignore[attr-defined]
+    codes = [_code(body), *map(_code, makers), *(f.__code__ for f in vjps), _code(reference)]
     return _text(tuple(codes), tuple(code and code.co_filename for code in codes))
 
 
