@@ -22,6 +22,7 @@ from minitensor.fused import (
     softmax,
 )
 from minitensor.linalg import dot, einsum, matmul, outer
+from minitensor.nan import detect_nan
 from minitensor.ops import (
     abs,
     add,
@@ -81,9 +82,12 @@ from minitensor.shape import (
     triu,
 )
 from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
+from minitensor.trace import Trace, trace
 
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
+    # to watch and to mend
+    "trace", "Trace", "detect_nan",
     # fused: one kernel forward, one backward
     "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
     "cross_entropy",
