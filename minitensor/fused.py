@@ -13,7 +13,7 @@ import kernels
 from kernels.check import check_range
 from minitensor.ops import erf, logsumexp, tanh
 from minitensor.random import next_seed
-from minitensor.tensor import fused
+from minitensor.tensor import Tensor, fused
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -228,32 +228,37 @@ def dropout(x, p, seed=None):
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 def _embedding_reference(ids, weight):
-    ids = _integers("embedding", "ids", ids)
     check_range("embedding", "ids", ids, len(weight))                # as the kernel does
     return weight[ids]
 
 
 @fused(reference=_embedding_reference)
-def embedding(ids, weight):
-    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
-    ids = _integers("embedding", "ids", ids)
+def _embedding(ids, weight):
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
             (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
 
 
+def embedding(ids, weight):
+    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
+    return _embedding(_integers("embedding", "ids", ids), weight)
+
+
 def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
+    if isinstance(ids, Tensor):
+        raise TypeError(f"{op_name}: {name} is a Tensor of {ids.dtype}; it must hold integers, "
+                        f"which no Tensor does: give a list or an array, as np.array([0, 2])")
     ids = np.asarray(ids, order="C")
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers")
+        raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers, "
+                        f"as after {name}.astype(np.int64)")
     return ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
 
 
 # ---- cross-entropy -----------------------------------------------------------------------------------------
 
-def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
-    targets = _checked_targets(logits, targets, reduction)
+def _cross_entropy_reference(logits, targets, *, ignore_index, reduction):
     counted = targets != ignore_index
     check_range("cross_entropy", "targets", targets[counted], logits.shape[-1])     # as the kernel does
     safe = np.where(counted, targets, 0)
@@ -265,13 +270,7 @@ def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="m
 
 
 @fused(reference=_cross_entropy_reference)
-def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
-    """-log softmax(logits)[target], in nats: logits (..., V), targets (...) integers -> a scalar, or (...).
-
-    Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
-    IndexError for any other target outside 0 to V - 1.
-    """
-    targets = _checked_targets(logits, targets, reduction)
+def _cross_entropy(logits, targets, *, ignore_index, reduction):
     rows, flat = _rows(logits), targets.reshape(-1)
     losses, norms = kernels.cross_entropy_forward(rows, flat, ignore_index)
     scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
@@ -284,6 +283,16 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     if reduction == "none":
         return losses.reshape(targets.shape), (vjp,)
     return losses.sum() * logits.dtype.type(scale), (vjp,)
+
+
+def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
+    """-log softmax(logits)[target], in nats: logits (..., V), targets (...) integers -> a scalar, or (...).
+
+    Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
+    IndexError for any other target outside 0 to V - 1.
+    """
+    targets = _checked_targets(logits, targets, reduction)
+    return _cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def _checked_targets(logits: Any, targets: Any, reduction: str) -> np.ndarray:

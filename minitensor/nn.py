@@ -83,8 +83,9 @@ class Module:
         if problems:
             raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
                              f"{'; '.join(sorted(problems))}")
-        for name, array in own.items():
-            array[...] = state[name]
+        for name, tensor in self.named_tensors():
+            tensor.data[...] = state[name]
+            tensor.data = tensor.data                       # so that a graph of the old values notices
 
     def train(self, mode: bool = True) -> Module:
         """Switch this module and all below it to training (dropout on), or to evaluation for mode=False."""

@@ -141,4 +141,6 @@ class AdamW(_Optimizer):
                           [self.first[i] for i in group], [self.second[i] for i in group],
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
+            for p in parameters:
+                p.data = p.data                          # so that a graph of the old values notices
         return norm

@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from minitensor import explain
+
 NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
 _np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors
-_serial = itertools.count()
+_serial = itertools.count()                 # one clock for all: of nodes, and of changes to .data
+_last_change = 0
 
 
 class _State(threading.local):
@@ -67,7 +70,7 @@ class Tensor:
     become float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other
     dtype.
     """
-    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad")
+    __slots__ = ("__weakref__", "_changed", "_data", "grad", "node", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None):
         if isinstance(data, Tensor):
@@ -80,16 +83,30 @@ class Tensor:
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"Tensor: dtype is {np.dtype(dtype)}; a Tensor holds float32 or float64 "
                             "(indices and masks stay plain arrays)")
-        self.data: np.ndarray = array.astype(dtype, copy=False)
+        self._data: np.ndarray = array.astype(dtype, copy=False)
+        self._changed = 0
         self.requires_grad = requires_grad
         self.grad: Tensor | None = None
         self.node: Node | None = None
 
     # ---- what it is ----------------------------------------------------------------------------------------
-    shape = property(lambda self: self.data.shape, doc="The length of each axis.")
-    ndim = property(lambda self: self.data.ndim, doc="The number of axes.")
-    size = property(lambda self: self.data.size, doc="The number of elements.")
-    dtype = property(lambda self: self.data.dtype, doc="float32 or float64.")
+    shape = property(lambda self: self._data.shape, doc="The length of each axis.")
+    ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
+    size = property(lambda self: self._data.size, doc="The number of elements.")
+    dtype = property(lambda self: self._data.dtype, doc="float32 or float64.")
+
+    @property
+    def data(self) -> np.ndarray:
+        """The values, outside the graph. After `t.data = ...` or `t.data += ...` a walk back over an op that
+        used the old values raises; after `t.data[i] = ...` nobody notices, and its gradients are wrong.
+        """
+        return self._data
+
+    @data.setter
+    def data(self, array: np.ndarray) -> None:
+        global _last_change
+        self._data = Tensor(array)._data
+        self._changed = _last_change = next(_serial)
 
     @property
     def T(self) -> Tensor:
@@ -98,7 +115,7 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The values as an ndarray, outside the graph; memory is shared."""
-        return self.data
+        return self._data
 
     def item(self) -> float:
         """The only element, as a Python float; ValueError if there are more or none."""
@@ -154,22 +171,18 @@ class Tensor:
             elif create_graph or leaf.grad.node is not None:
                 leaf.grad = leaf.grad + g
             else:
-                leaf.grad.data += g
+                leaf.grad._data += g
 
     # ---- numpy's own protocols -----------------------------------------------------------------------------
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if method != "__call__" or options or ufunc not in NUMPY:
             name = ufunc.__name__ + ("" if method == "__call__" else f".{method}")
-            raise TypeError(f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''} has no op "
-                            "that can be differentiated; use t.numpy() to compute outside the graph, "
-                            "or write it with minitensor.op")
+            raise explain.no_op(ufunc, f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''}")
         return NUMPY[ufunc](*inputs)
 
     def __array_function__(self, function: Callable, types: Any, args: Any, options: Any) -> Any:
         if function not in NUMPY:
-            raise TypeError(f"{function.__module__}.{function.__name__} has no op "
-                            "that can be differentiated; use t.numpy() to compute outside the graph, "
-                            "or write it with minitensor.op")
+            raise explain.no_op(function, f"{function.__module__}.{function.__name__}")
         return NUMPY[function](*args, **options)
 
     def __array__(self, *args: Any, **options: Any) -> np.ndarray:
@@ -259,12 +272,15 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     its own making.
     """
     elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
+    if any(inspect.isfunction(f) and f is not getitem for f in numpy_functions):
+        raise TypeError(f"op: '{numpy_functions[0].__name__}' is not a function of numpy's; "
+                        "write the decorator with parentheses, as in @op()")
 
     def decorate(body: Callable) -> Callable:
         if not inspect.isfunction(body):
             raise TypeError(f"op: a {type(body).__name__} is not a function; an op's decorator is written "
                             "with parentheses, as in @op()")
-        name = body.__name__
+        name = body.__name__.lstrip("_")
         signature = inspect.signature(body)
 
         @functools.wraps(body)
@@ -281,31 +297,38 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
                 inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(x, dtype) for x in inputs)
             elif reference is not None:
                 inputs = tuple(_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs)
-            returned = body(*[x.data if isinstance(x, Tensor) else x for x in inputs], **options)
+            try:
+                returned = body(*[x._data if isinstance(x, Tensor) else x for x in inputs], **options)
+            except (ValueError, IndexError) as error:
+                raise explain.named(name, inputs, elementwise, error) from error
             if type(returned) is not tuple or len(returned) != 2 or not (
                     type(returned[1]) is tuple or callable(returned[1])):
                 raise TypeError(f"{name}: an op returns its value and its vjp, as in "
                                 "'return x * x, lambda g: g * (2 * x)'")
             value, vjp = returned
             result = Tensor.__new__(Tensor)
-            result.data = value if type(value) is np.ndarray else np.asarray(value)
-            if result.data.dtype.kind != "f":
-                raise TypeError(f"{name}: the value is an array of {result.data.dtype}; an op gives float32 "
+            result._data = value if type(value) is np.ndarray else np.asarray(value)
+            if result._data.dtype.kind != "f":
+                raise TypeError(f"{name}: the value is an array of {result._data.dtype}; an op gives float32 "
                                 "or float64")
-            result.grad = result.node = None
+            result._changed, result.grad, result.node = 0, None, None
             result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad
                                                             for x in inputs)
             if result.requires_grad:
                 result.node = Node(recorded, inputs, options, vjp)
             return result
 
+        recorded.__name__ = name
         recorded.body, recorded.reference = body, reference      # type: ignore[attr-defined]
         return implements(*numpy_functions)(recorded)
     return decorate
 
 
-def fused(*, reference: Callable) -> Callable:
+def fused(*body: Callable, reference: Callable | None = None) -> Callable:
     """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
+    if body:
+        raise TypeError("fused: write the decorator with parentheses, and with the body's reference, "
+                        "as in @fused(reference=f)")
     if not callable(reference):
         raise TypeError("fused: a fused op names its reference, a function of primitive ops; "
                         f"got {reference!r}")
@@ -363,7 +386,7 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
 
     with _set(recording=create_graph):
         g = _seed(output, gradient)
-        send(output, g if create_graph else g.data, False)
+        send(output, g if create_graph else g._data, False)
         while heap:
             x, g, owned = pending.pop(heapq.heappop(heap)[1])
             if id(x) in wanted_ids:
@@ -375,6 +398,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                                    "by an earlier backward(); pass retain_graph=True to the first one "
                                    "to walk it twice")
             inputs, vjp, reference = node.inputs, node.vjp, node.op.reference   # type: ignore[attr-defined]
+            for t in (x, *inputs) if _last_change > node.serial else ():
+                if isinstance(t, Tensor) and t._changed > node.serial:
+                    raise explain.stale(node.op.__name__, t.shape, "value" if t is x else "input")
             if create_graph and reference is not None:
                 with unfused():
                     send(reference(*inputs, **node.options), g, False)
@@ -437,7 +463,7 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
 
 def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
     """The dtype of the Tensors among inputs (None if there is no Tensor); TypeError if floats are mixed."""
-    dtype = next((x.data.dtype for x in inputs if isinstance(x, Tensor)), None)
+    dtype = next((x._data.dtype for x in inputs if isinstance(x, Tensor)), None)
     if dtype is not None:
         for position, x in enumerate(inputs):
             if isinstance(x, (Tensor, np.ndarray)) and x.dtype != dtype and x.dtype.kind == "f":
