@@ -10,6 +10,7 @@ Tensor([ 1., 10., 25.])
 What follows is the table of contents; `minitensor.testing`, for gradient checks, is imported on demand.
 """
 from minitensor import nn, optim
+from minitensor.derivatives import hessian, hvp, jacobian, jvp, vjp
 from minitensor.fused import (
     attention,
     cross_entropy,
@@ -84,6 +85,8 @@ from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
 
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
+    # derivatives
+    "jacobian", "hessian", "hvp", "vjp", "jvp",
     # fused: one kernel forward, one backward
     "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
     "cross_entropy",

@@ -156,8 +156,8 @@ TABLE: list[tuple[Any, type[Exception], str]] = [
     (lambda: of(2)[0, 1], IndexError,
      "getitem: too many indices for array: array is 1-dimensional, but 2 were indexed; x is (2,)"),
     (lambda: of(2)[Tensor([0.0])], IndexError,
-     "getitem: an index is a Tensor or an array of floats; indices are integers, slices, None, ... and integer "
-     "or boolean arrays, as in x[i.numpy().astype(int)]"),
+     "getitem: an index is a Tensor or an array of floats; indices are integers, slices, None, ... and "
+     "integer or boolean arrays, as in x[i.numpy().astype(int)]"),
     (lambda: mt.embedding([3], of(3, 2)), IndexError, "embedding: ids holds 3; it must be in 0 to 2"),
     # shapes
     (lambda: of(3) + of(4), ValueError, f"add: shapes (3,) and (4,) {BROADCAST}"),
