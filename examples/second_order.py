@@ -48,14 +48,22 @@ def top_eigenvalue(loss, parameters, steps, seed=0):
         v = product
 
 
-def small_gpt(width=16, context=16, batch_size=8):
-    """An untrained GPT and its loss on a batch of built-in verse."""
+def small_gpt(config, steps):
+    """A GPT after some steps of training on built-in verse, and its loss on another batch."""
     text = verse(10_000, seed=0)
     tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode(text)
     mt.seed(0)
-    model = GPT(Config(layers=2, heads=2, width=width, context=context), len(tokenizer))
-    ids, targets = batch(tokenizer.encode(text), batch_size, context, seed=0, step=0)
-    return model, mt.cross_entropy(model(ids), targets)
+    model = GPT(config, len(tokenizer))
+    optimizer = mt.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps + 1):
+        x, y = batch(ids, config.batch, config.context, seed=0, step=step)
+        loss = mt.cross_entropy(model(x), y)
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model, loss
 
 
 def main(arguments=None):
@@ -68,14 +76,15 @@ def main(arguments=None):
         print(f"  step {step}: ({x[0]:9.6f}, {x[1]:9.6f})   f = {rosenbrock(x):.2e}")
     print("Near the bottom the number of right digits doubles with each step.\n")
 
-    model, loss = small_gpt()
+    model, loss = small_gpt(Config(layers=2, heads=2, width=16, context=16, batch=16), steps=100)
     count = sum(p.size for p in model.parameters())
-    print(f"A GPT of {count:,} parameters, loss {loss.item():.4f}. Its Hessian has {count ** 2:,} elements;")
-    print("power iteration finds its largest eigenvalue without forming it:")
+    print(f"A GPT of {count:,} parameters after 100 steps, loss {loss.item():.3f}. Its Hessian has "
+          f"{count ** 2:,} elements;\npower iteration finds its largest eigenvalue without forming it:")
     for step, value in enumerate(top_eigenvalue(loss, model.parameters(), steps)):
         if step % 5 == 4:
-            print(f"  step {step + 1:2}: {value:.4f}")
-    print(f"Plain gradient descent is stable below a learning rate of 2 / {value:.2f} = {2 / value:.3f}.")
+            print(f"  step {step + 1:2}: {value:.3f}")
+    print("Along its eigenvector the loss bends most: there plain gradient descent overshoots more at each\n"
+          f"step if the learning rate is above 2 / {value:.2f} = {2 / value:.3f}.")
     return 0
 
 
