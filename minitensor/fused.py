@@ -47,6 +47,9 @@ def linear(x, weight, bias=None, *, activation=None):
     """x weightᵀ + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
     activation: None, "gelu" or "gelu_tanh", applied while the product is still in the cache.
+
+    >>> linear(Tensor([[1, 2]]), Tensor([[1, 0], [0, 1], [1, 1]]), Tensor([0, 0, 0.5]))
+    Tensor([[1. , 2. , 3.5]])
     """
     _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
@@ -114,7 +117,11 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 
 @fused(reference=_layernorm_reference)
 def layernorm(x, weight, bias=None, *, eps=1e-5):
-    """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
+    """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,).
+
+    >>> np.round(layernorm(Tensor([[1, 2, 3]]), Tensor([1, 1, 1])).numpy(), 4)
+    array([[-1.2247,  0.    ,  1.2247]], dtype=float32)
+    """
     _check_layernorm(x, weight, bias)
     rows = _rows(x)
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
@@ -150,7 +157,11 @@ def _log_softmax(x):
 
 
 def softmax(x, axis=-1):
-    """exp(x) / Σ exp(x) along one axis, without overflow."""
+    """exp(x) / Σ exp(x) along one axis, without overflow.
+
+    >>> softmax(Tensor([1000, 1000, 0]))
+    Tensor([0.5, 0.5, 0. ])
+    """
     return _along(_softmax, x, axis)
 
 
@@ -195,6 +206,12 @@ def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
 
     heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and
     earlier ones. p: dropout of the attention weights; seed: of its mask, by default `minitensor.seed`'s next.
+
+    >>> q = k = np.zeros((1, 2, 1))                         # all scores alike: each token takes the mean
+    >>> v = np.array([[[1.0], [3.0]]])                      # of the values that it sees
+    >>> attention(np.concatenate([q, k, v], axis=2), heads=1)
+    array([[[1.],
+            [2.]]])
     """
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(f"attention: qkv is {qkv.shape}; "
@@ -218,6 +235,10 @@ def dropout(x, p, seed=None):
     """Each element is 0 with probability p, else divided by 1 - p; the mask is a hash of (seed, position).
 
     seed: the next of `minitensor.seed`'s if left out. ValueError unless 0 <= p < 1.
+
+    >>> y = dropout(np.ones(1000), p=0.2, seed=0)
+    >>> np.unique(y), int(np.sum(y == 0))                   # 200 zeros are to be expected
+    (array([0.  , 1.25]), 178)
     """
     if p == 0:
         return x
@@ -241,7 +262,12 @@ def _embedding(ids, weight):
 
 
 def embedding(ids, weight):
-    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
+    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V.
+
+    >>> embedding([2, 0], Tensor([[0, 1], [2, 3], [4, 5]]))
+    Tensor([[4., 5.],
+            [0., 1.]])
+    """
     return _embedding(_integers("embedding", "ids", ids), weight)
 
 
@@ -290,6 +316,9 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
 
     Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
     IndexError for any other target outside 0 to V - 1.
+
+    >>> print(f"{cross_entropy(Tensor([[0, 0], [0, 0]]), [0, 1]):.4f}")     # a coin: log 2
+    0.6931
     """
     targets = _checked_targets(logits, targets, reduction)
     return _cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)

@@ -46,12 +46,27 @@ def _set(**flags: bool) -> Iterator[None]:
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Record nothing: `with no_grad():`. Tensors made inside do not require a gradient."""
+    """Record nothing: `with no_grad():`. Tensors made inside do not require a gradient.
+
+    >>> x = Tensor(2.0, requires_grad=True)
+    >>> with no_grad():
+    ...     print((x * x).requires_grad)
+    False
+    """
     return _set(recording=False)
 
 
 def unfused() -> contextlib.AbstractContextManager[None]:
-    """Run every fused op as its reference, composed of primitive ops: slower, and each step can be seen."""
+    """Run every fused op as its reference, composed of primitive ops: slower, and each step can be seen.
+
+    >>> import minitensor as mt
+    >>> x = Tensor([0.0, 1.0], requires_grad=True)
+    >>> mt.softmax(x).node.op.__name__
+    'softmax'
+    >>> with unfused():
+    ...     mt.softmax(x).node.op.__name__
+    'divide'
+    """
     return _set(unfused=True)
 
 
@@ -69,6 +84,10 @@ class Tensor:
     data: a float32 or float64 ndarray is shared, not copied; Python numbers, lists, integers and booleans
     become float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other
     dtype.
+
+    >>> x = Tensor([1.0, 2.0], requires_grad=True)
+    >>> np.square(x) + 1                                    # numpy's functions and operators are recorded
+    Tensor([2., 5.], op=add)
     """
     __slots__ = ("__weakref__", "_changed", "_data", "grad", "node", "requires_grad")
 
@@ -125,7 +144,13 @@ class Tensor:
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """The same values (memory is shared) as a constant: no gradient flows through."""
+        """The same values (memory is shared) as a constant: no gradient flows through.
+
+        >>> x = Tensor(3.0, requires_grad=True)
+        >>> (x * x.detach()).backward()                     # as if it were x * 3
+        >>> x.grad
+        Tensor(3.)
+        """
         return Tensor(self.data)
 
     def astype(self, dtype: Any) -> Tensor:
@@ -164,6 +189,11 @@ class Tensor:
 
         gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph
         for another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
+
+        >>> x = Tensor([1.0, 2.0], requires_grad=True)
+        >>> np.sum(x * x).backward()
+        >>> x.grad
+        Tensor([2., 4.])
         """
         for leaf, g, owned in _walk(self, gradient, (), retain_graph, create_graph):
             if leaf.grad is None:
@@ -270,6 +300,17 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and
     under `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of
     its own making.
+
+    >>> @op(np.arctan)
+    ... def arctan(x):
+    ...     return np.arctan(x), lambda g: g / (1 + x * x)
+    >>> x = Tensor([0.0, 1.0], requires_grad=True)
+    >>> dx, = grad(np.sum(np.arctan(x)), x, create_graph=True)
+    >>> dx.numpy()
+    array([1. , 0.5], dtype=float32)
+    >>> grad(np.sum(dx), x)                                 # -2 x / (1 + x^2)^2
+    (Tensor([-0. , -0.5]),)
+    >>> del NUMPY[np.arctan]                                # so that numpy's name is free again
     """
     elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
     if any(inspect.isfunction(f) and f is not getitem for f in numpy_functions):
@@ -325,7 +366,15 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
 
 
 def fused(*body: Callable, reference: Callable | None = None) -> Callable:
-    """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
+    """Make an op of a body that is one kernel forward and one backward; reference: see `op`.
+
+    >>> @fused(reference=lambda x: np.exp(x) - 1)
+    ... def exp_minus_one(x):                               # numpy has a kernel for it
+    ...     y = np.expm1(x)
+    ...     return y, lambda g: g * (y + 1)
+    >>> exp_minus_one(Tensor(0.0, requires_grad=True))
+    Tensor(0., op=exp_minus_one)
+    """
     if body:
         raise TypeError("fused: write the decorator with parentheses, and with the body's reference, "
                         "as in @fused(reference=f)")
@@ -342,6 +391,11 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
     inputs: leaves or tensors on the way. gradient: d loss / d output; may be left out for a scalar output.
     retain_graph: keep the graph for another walk. create_graph: make the results differentiable again (keeps
     the graph). An input that output does not depend on gets zeros.
+
+    >>> x = Tensor(2.0, requires_grad=True)
+    >>> dx, = grad(x ** 3, x, create_graph=True)            # 3 x^2
+    >>> grad(dx, x)                                         # 6 x
+    (Tensor(12.),)
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     for x in inputs:
