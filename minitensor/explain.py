@@ -47,10 +47,15 @@ def no_op(function: Callable, name: str) -> TypeError:
     return TypeError(f"{name} has no op that can be differentiated; {instead}")
 
 
+def is_named(error: Exception) -> bool:
+    """Whether an error says which op it comes from, or is of a kind that only its maker knows how to make."""
+    if type(error) not in (ValueError, IndexError, np.exceptions.AxisError):
+        return True
+    return bool(re.match(r"\w+: ", str(error))) and type(error) is not np.exceptions.AxisError
+
+
 def named(name: str, inputs: Sequence, elementwise: bool, error: Exception) -> Exception:
-    """numpy's error, with the op's name and the shapes of its inputs; one that names an op stays as it is."""
-    if re.match(r"\w+: ", str(error)) and not isinstance(error, np.exceptions.AxisError):
-        return error
+    """numpy's error, with the op's name and the shapes of its inputs."""
     shapes = [x.shape for x in inputs if hasattr(x, "shape")]
     if elementwise and len(shapes) > 1:
         return not_alike(name, inputs)

@@ -29,7 +29,7 @@ def _alike(name: str, operands: Sequence) -> list:
     dtype = _common_dtype(name, tuple(operands))
     if dtype is None:
         return list(operands)
-    return [x if isinstance(x, Tensor) else np.asarray(_weak(x, dtype), dtype) for x in operands]
+    return [x if isinstance(x, Tensor) else np.asarray(_weak(name, x, dtype), dtype) for x in operands]
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------

@@ -335,12 +335,15 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
             if reference is not None and _state.unfused:
                 return reference(*inputs, **options)
             if elementwise:
-                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(x, dtype) for x in inputs)
+                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(name, x, dtype)
+                               for x in inputs)
             elif reference is not None:
                 inputs = tuple(_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs)
             try:
                 returned = body(*[x._data if isinstance(x, Tensor) else x for x in inputs], **options)
             except (ValueError, IndexError) as error:
+                if explain.is_named(error):
+                    raise
                 raise explain.named(name, inputs, elementwise, error) from error
             if type(returned) is not tuple or len(returned) != 2 or not (
                     type(returned[1]) is tuple or callable(returned[1])):
@@ -532,10 +535,10 @@ def _listed(x: Any, dtype: np.dtype) -> np.ndarray:
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
-def _weak(x: Any, dtype: np.dtype) -> Any:
+def _weak(name: str, x: Any, dtype: np.dtype) -> Any:
     """An operand that is not a Tensor takes the Tensor's dtype, as a Python scalar does."""
     array = np.asarray(x)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"a {type(x).__name__} of dtype {array.dtype} cannot be combined "
-                        f"with a {dtype} Tensor")
+        raise TypeError(f"{name}: a {type(x).__name__} of dtype {array.dtype} cannot be combined "
+                        f"with a {dtype} Tensor; give numbers")
     return float(array) if array.ndim == 0 else array.astype(dtype, copy=False)

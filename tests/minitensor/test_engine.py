@@ -10,7 +10,8 @@ import minitensor.linalg
 import minitensor.ops
 import minitensor.shape  # noqa: F401  (ops register when they are imported)
 from minitensor.ops import relu
-from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
+from minitensor.tensor import NUMPY, Tensor, fused, grad, no_grad, op, unfused
+from minitensor.testing import gradcheck
 
 
 def leaf(*values, dtype=np.float64):
@@ -237,6 +238,26 @@ def test_a_fused_op_runs_its_reference_where_the_graph_is_wanted():
     assert grad(np.sum(dx), x)[0].item() == pytest.approx(2 * np.exp(0.5))
     with pytest.raises(TypeError, match="a fused op names its reference"):
         fused(reference=None)
+
+
+def test_an_op_of_ones_own_needs_no_further_wiring():
+    @op(np.hypot)
+    def hypotenuse(x, y):
+        z = np.sqrt(x * x + y * y)
+        return z, (lambda g: g * x / z, lambda g: g * y / z)
+    try:
+        x, y = leaf(3.0, 6.0), Tensor(np.array([[4.0], [8.0]]), True)
+        z = np.hypot(x, y)                                      # numpy's name, and broadcasting
+        assert z.shape == (2, 2) and z.node.op.__name__ == "hypotenuse" and z[0, 0].item() == 5
+        dx, dy = grad(np.sum(z), (x, y), create_graph=True)
+        np.testing.assert_allclose(dx.numpy()[0], 3 / 5 + 3 / np.hypot(3, 8))
+        assert dy.shape == (2, 1)
+        second, = grad(dx[0], x)
+        np.testing.assert_allclose(second.numpy(), [16 / 125 + 64 / np.hypot(3, 8) ** 3, 0])
+        gradcheck(np.hypot, x.numpy(), y.numpy(), order=3)
+        assert isinstance(hypotenuse(3.0, 4.0), float)          # with no Tensor, a plain function
+    finally:
+        del NUMPY[np.hypot]
 
 
 # ---- a Tensor among numpy's arrays -------------------------------------------------------------------------

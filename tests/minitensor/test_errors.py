@@ -75,6 +75,14 @@ def fused_without_parentheses():
     def cube(x):
         return x ** 3, lambda g: g * 3 * x ** 2
 
+def op_of_ones_own():
+    @mt.op()
+    def cube(x):
+        if x.ndim != 2:
+            raise NotImplementedError("only matrices")
+        return x.reshape(3, 3) ** 3, lambda g: g * 3 * x ** 2
+    cube(of(2, 2))
+
 def op_without_vjp():
     @mt.op()
     def cube(x):
@@ -136,6 +144,10 @@ TABLE: list[tuple[Any, type[Exception], str]] = [
     (lambda: np.concatenate([of(2), Tensor(np.ones(2))]), TypeError,
      "concatenate: float32 and float64 are mixed: argument 1 is float64, another is float32; "
      "convert one with .astype(np.float32)"),
+    (lambda: of(2) + "x", TypeError,
+     "add: a str of dtype <U1 cannot be combined with a float32 Tensor; give numbers"),
+    (lambda: np.where([True], of(1), None), TypeError,
+     "where: a NoneType of dtype object cannot be combined with a float32 Tensor; give numbers"),
     (lambda: Tensor(np.ones(2, np.float16)), TypeError,
      "Tensor: dtype is float16; a Tensor holds float32 or float64 (indices and masks stay plain arrays)"),
     (lambda: mt.embedding(np.array([0.0, 1.0]), of(3, 2)), TypeError,
@@ -201,6 +213,8 @@ TABLE: list[tuple[Any, type[Exception], str]] = [
      "fused: write the decorator with parentheses, and with the body's reference, as in @fused(reference=f)"),
     (lambda: mt.fused(), TypeError,
      "fused: a fused op names its reference, a function of primitive ops; got None"),
+    (op_of_ones_own, ValueError,
+     "cube: cannot reshape array of size 4 into shape (3,3); the input is (2, 2)"),
     (op_without_vjp, TypeError,
      "cube: an op returns its value and its vjp, as in 'return x * x, lambda g: g * (2 * x)'"),
 ]
