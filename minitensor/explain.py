@@ -38,6 +38,7 @@ INSTEAD: dict[Callable, str] = {            # numpy function without an op -> th
     np.roll: "np.concatenate([x[-1:], x[:-1]])",
     np.take: "x[i]",
 }
+CALLED = {"select": "where", "limit": "clip", "join": "concatenate"}    # op -> what a user calls, to get it
 
 
 def no_op(function: Callable, name: str) -> TypeError:
@@ -54,20 +55,15 @@ def is_named(error: Exception) -> bool:
     return bool(re.match(r"\w+: ", str(error))) and type(error) is not np.exceptions.AxisError
 
 
-def named(name: str, inputs: Sequence, elementwise: bool, error: Exception) -> Exception:
-    """numpy's error, with the op's name and the shapes of its inputs."""
+def named(name: str, inputs: Sequence, error: Exception) -> Exception:
+    """numpy's error, with the name of what the user called and the shapes of its inputs."""
+    name = CALLED.get(name, name)
     shapes = [x.shape for x in inputs if hasattr(x, "shape")]
-    if elementwise and len(shapes) > 1:
-        return not_alike(name, inputs)
+    if "broadcast together" in str(error) and len(shapes) > 1:
+        return ValueError(f"{name}: shapes {listed(shapes)} do not broadcast; from the right, lengths must "
+                          "agree or be 1, and x[:, None] has a new axis of length 1")
     inputs_are = "the input is" if len(shapes) == 1 else "the inputs are"
     return type(error)(f"{name}: {error}; {inputs_are} {listed(shapes)}")
-
-
-def not_alike(name: str, inputs: Sequence) -> ValueError:
-    """Operands that do not broadcast."""
-    shapes = listed([x.shape for x in inputs if hasattr(x, "shape")])
-    return ValueError(f"{name}: shapes {shapes} do not broadcast; from the right, lengths must agree or be "
-                      "1, and x[:, None] has a new axis of length 1")
 
 
 def out_of_range(shape: tuple[int, ...], error: IndexError) -> IndexError:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from kernels import memory
-from minitensor.explain import not_alike
 from minitensor.tensor import Tensor, _common_dtype, _weak, implements, op
 
 
@@ -185,29 +184,23 @@ def minimum(x, y):
 @op()
 def select(mask, x, y):
     """x where the boolean array mask is true, y elsewhere: what `where` comes down to."""
-    try:
-        value = np.where(mask, x, y)
-    except ValueError:
-        raise not_alike("where", (np.asarray(mask), x, y)) from None
-    return value, (lambda g: None, lambda g: np.where(mask, g, 0), lambda g: np.where(mask, 0, g))
+    return np.where(mask, x, y), (lambda g: None,
+                                  lambda g: np.where(mask, g, 0),
+                                  lambda g: np.where(mask, 0, g))
 
 @implements(np.where)
 def where(condition, x, y):
     """x where condition is true, y elsewhere, with broadcasting."""
-    return select(_values(condition), *_alike("where", (x, y)))
+    return select(np.asarray(_values(condition)), *_alike("where", (x, y)))
 
 @op()
 def limit(x, low, high):
     """x held between the arrays low and high, either of which may be None: what `clip` comes down to."""
-    try:
-        value = np.clip(x, low, high)
-    except ValueError:
-        raise not_alike("clip", (x, low, high)) from None
     below = False if low is None else np.less(x, low)
     above = False if high is None else np.greater(x, high) | (False if low is None else np.greater(low, high))
-    return value, (lambda g: np.where(below | above, 0, g),
-                   lambda g: np.where(below & np.logical_not(above), g, 0),
-                   lambda g: np.where(above, g, 0))
+    return np.clip(x, low, high), (lambda g: np.where(below | above, 0, g),
+                                   lambda g: np.where(below & np.logical_not(above), g, 0),
+                                   lambda g: np.where(above, g, 0))
 
 @implements(np.clip)
 def clip(x, a_min=None, a_max=None, *, min=None, max=None):

@@ -344,7 +344,7 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
             except (ValueError, IndexError) as error:
                 if explain.is_named(error):
                     raise
-                raise explain.named(name, inputs, elementwise, error) from error
+                raise explain.named(name, inputs, error) from error
             if type(returned) is not tuple or len(returned) != 2 or not (
                     type(returned[1]) is tuple or callable(returned[1])):
                 raise TypeError(f"{name}: an op returns its value and its vjp, as in "

@@ -184,7 +184,7 @@ TABLE: list[tuple[Any, type[Exception], str]] = [
     (lambda: np.concatenate([of(2, 3), of(2, 2)]), ValueError,
      "concatenate: all the input array dimensions except for the concatenation axis must match exactly, but "
      "along dimension 1, the array at index 0 has size 3 and the array at index 1 has size 2; "
-     "the arrays are (2, 3) and (2, 2)"),
+     "the inputs are (2, 3) and (2, 2)"),
     (lambda: np.stack([of(3), of(4), of(4)]), ValueError,
      "stack: the arrays are (3,), (4,) and (4,); all must have one shape, "
      "and np.concatenate joins along an axis that is there"),
