@@ -115,7 +115,7 @@ TABLE: list[tuple[Any, type[Exception], str]] = [
     # changes
     (assigned_into, TypeError,
      "a Tensor cannot be assigned into, as a graph may need the old values; build a new one with np.where or "
-     "np.concatenate, or change t.data, which is outside the graph"),
+     "np.concatenate, or write t.data[...] = ... where no graph needs them"),
     (data_replaced, RuntimeError, f"backward: the input of op 'multiply', of shape (2,), {CHANGED}"),
     (data_changed_in_place, RuntimeError, f"backward: the input of op 'multiply', of shape (2,), {CHANGED}"),
     (value_of_an_op_changed, RuntimeError, f"backward: the value of op 'exp', of shape (2,), {CHANGED}"),
