@@ -252,8 +252,8 @@ class Tensor:
     def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index=index)
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new "
-                        "one with np.where or np.concatenate, or write t.data[...] = ... where no graph needs "
-                        "them")
+                        "one with np.where or np.concatenate, or write t.data[...] = ... where no graph "
+                        "needs them")
 
     def sum(self, axis=None, keepdims=False) -> Tensor: return _np.sum(self, axis=axis, keepdims=keepdims)
     def mean(self, axis=None, keepdims=False) -> Tensor: return _np.mean(self, axis=axis, keepdims=keepdims)
