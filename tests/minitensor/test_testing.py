@@ -96,7 +96,7 @@ gradcheck: cut, order 1: wrong gradient for argument 0 (x) at index ():
   found    2 (vjp)
   1 of 1 elements differ
   usual cause: a factor in the vjp: every element is 0.5 times what it should be
-each of the 2 ops in it is right by itself"""),
+no op in it of up to 1000 elements is wrong by itself"""),
     (unclear, (-0.0005,), """\
 gradcheck: unclear, order 1: wrong gradient for argument 0 (x) at index ():
   input    -0.0005
