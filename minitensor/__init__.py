@@ -10,6 +10,7 @@ Tensor([ 1., 10., 25.])
 What follows is the table of contents; `minitensor.testing`, for gradient checks, is imported on demand.
 """
 from minitensor import nn, optim
+from minitensor.derivatives import hessian, hvp, jacobian, jvp, vjp
 from minitensor.fused import (
     attention,
     cross_entropy,
@@ -86,6 +87,8 @@ from minitensor.trace import Trace, trace
 
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
+    # derivatives
+    "jacobian", "hessian", "hvp", "vjp", "jvp",
     # to watch and to mend
     "trace", "Trace", "detect_nan",
     # fused: one kernel forward, one backward

@@ -13,7 +13,7 @@ import kernels
 from kernels.check import check_range
 from minitensor.ops import erf, logsumexp, tanh
 from minitensor.random import next_seed
-from minitensor.tensor import fused
+from minitensor.tensor import Tensor, fused
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -48,6 +48,9 @@ def linear(x, weight, bias=None, *, activation=None):
     """x weightᵀ + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
     activation: None, "gelu" or "gelu_tanh", applied while the product is still in the cache.
+
+    >>> linear(Tensor([[1, 2]]), Tensor([[1, 0], [0, 1], [1, 1]]), Tensor([0, 0, 0.5]))
+    Tensor([[1. , 2. , 3.5]])
     """
     _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
@@ -115,7 +118,11 @@ def _layernorm_reference(x, weight, bias=None, *, eps=1e-5):
 
 @fused(reference=_layernorm_reference)
 def layernorm(x, weight, bias=None, *, eps=1e-5):
-    """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,)."""
+    """Normalise the last axis to mean 0 and variance 1, scale and shift: x (..., C), weight and bias (C,).
+
+    >>> np.round(layernorm(Tensor([[1, 2, 3]]), Tensor([1, 1, 1])).numpy(), 4)
+    array([[-1.2247,  0.    ,  1.2247]], dtype=float32)
+    """
     _check_layernorm(x, weight, bias)
     rows = _rows(x)
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
@@ -151,7 +158,11 @@ def _log_softmax(x):
 
 
 def softmax(x, axis=-1):
-    """exp(x) / Σ exp(x) along one axis, without overflow."""
+    """exp(x) / Σ exp(x) along one axis, without overflow.
+
+    >>> softmax(Tensor([1000, 1000, 0]))
+    Tensor([0.5, 0.5, 0. ])
+    """
     return _along(_softmax, x, axis)
 
 
@@ -196,6 +207,12 @@ def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
 
     heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and
     earlier ones. p: dropout of the attention weights; seed: of its mask, by default `minitensor.seed`'s next.
+
+    >>> q = k = np.zeros((1, 2, 1))                         # all scores alike: each token takes the mean
+    >>> v = np.array([[[1.0], [3.0]]])                      # of the values that it sees
+    >>> attention(np.concatenate([q, k, v], axis=2), heads=1)
+    array([[[1.],
+            [2.]]])
     """
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(f"attention: qkv is {qkv.shape}; "
@@ -219,6 +236,10 @@ def dropout(x, p, seed=None):
     """Each element is 0 with probability p, else divided by 1 - p; the mask is a hash of (seed, position).
 
     seed: the next of `minitensor.seed`'s if left out. ValueError unless 0 <= p < 1.
+
+    >>> y = dropout(np.ones(1000), p=0.2, seed=0)
+    >>> np.unique(y), int(np.sum(y == 0))                   # 200 zeros are to be expected
+    (array([0.  , 1.25]), 178)
     """
     if p == 0:
         return x
@@ -229,32 +250,42 @@ def dropout(x, p, seed=None):
 # ---- embedding ---------------------------------------------------------------------------------------------
 
 def _embedding_reference(ids, weight):
-    ids = _integers("embedding", "ids", ids)
     check_range("embedding", "ids", ids, len(weight))                # as the kernel does
     return weight[ids]
 
 
 @fused(reference=_embedding_reference)
-def embedding(ids, weight):
-    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V."""
-    ids = _integers("embedding", "ids", ids)
+def _embedding(ids, weight):
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
             (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
 
 
+def embedding(ids, weight):
+    """Rows of a table: ids (...) integers, weight (V, C) -> (..., C); IndexError unless 0 <= id < V.
+
+    >>> embedding([2, 0], Tensor([[0, 1], [2, 3], [4, 5]]))
+    Tensor([[4., 5.],
+            [0., 1.]])
+    """
+    return _embedding(_integers("embedding", "ids", ids), weight)
+
+
 def _integers(op_name: str, name: str, ids: Any) -> np.ndarray:
+    if isinstance(ids, Tensor):
+        raise TypeError(f"{op_name}: {name} is a Tensor of {ids.dtype}; it must hold integers, "
+                        f"which no Tensor does: give a list or an array, as np.array([0, 2])")
     ids = np.asarray(ids, order="C")
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers")
+        raise TypeError(f"{op_name}: {name} is an array of {ids.dtype}; it must hold integers, "
+                        f"as after {name}.astype(np.int64)")
     return ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
 
 
 # ---- cross-entropy -----------------------------------------------------------------------------------------
 
-def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="mean"):
-    targets = _checked_targets(logits, targets, reduction)
+def _cross_entropy_reference(logits, targets, *, ignore_index, reduction):
     counted = targets != ignore_index
     check_range("cross_entropy", "targets", targets[counted], logits.shape[-1])     # as the kernel does
     safe = np.where(counted, targets, 0)
@@ -266,13 +297,7 @@ def _cross_entropy_reference(logits, targets, *, ignore_index=-100, reduction="m
 
 
 @fused(reference=_cross_entropy_reference)
-def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
-    """-log softmax(logits)[target], in nats: logits (..., V), targets (...) integers -> a scalar, or (...).
-
-    Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
-    IndexError for any other target outside 0 to V - 1.
-    """
-    targets = _checked_targets(logits, targets, reduction)
+def _cross_entropy(logits, targets, *, ignore_index, reduction):
     rows, flat = _rows(logits), targets.reshape(-1)
     losses, norms = kernels.cross_entropy_forward(rows, flat, ignore_index)
     scale = _inverse((flat != ignore_index).sum()) if reduction == "mean" else 1.0
@@ -285,6 +310,19 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     if reduction == "none":
         return losses.reshape(targets.shape), (vjp,)
     return losses.sum() * logits.dtype.type(scale), (vjp,)
+
+
+def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
+    """-log softmax(logits)[target], in nats: logits (..., V), targets (...) integers -> a scalar, or (...).
+
+    Targets equal to ignore_index do not count. reduction: "mean" over those that count, "sum" or "none".
+    IndexError for any other target outside 0 to V - 1.
+
+    >>> print(f"{cross_entropy(Tensor([[0, 0], [0, 0]]), [0, 1]):.4f}")     # a coin: log 2
+    0.6931
+    """
+    targets = _checked_targets(logits, targets, reduction)
+    return _cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def _checked_targets(logits: Any, targets: Any, reduction: str) -> np.ndarray:

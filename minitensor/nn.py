@@ -17,6 +17,16 @@ class Module:
     """Tensors and modules as attributes or in lists, tuples and dicts, and `forward`, which a call runs.
 
     A parameter is a Tensor that requires a gradient.
+
+    >>> class Shift(Module):
+    ...     def __init__(self, width):
+    ...         self.by = Tensor(np.zeros(width), requires_grad=True)
+    ...
+    ...     def forward(self, x):
+    ...         return x + self.by
+    >>> model = Sequential(Linear(3, 2), np.tanh, Shift(2))
+    >>> [(name, p.shape) for name, p in model.named_parameters()]
+    [('steps.0.weight', (2, 3)), ('steps.0.bias', (2,)), ('steps.2.by', (2,))]
     """
     training = True
 
@@ -89,8 +99,9 @@ class Module:
         if problems:
             raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
                              f"{'; '.join(sorted(problems))}")
-        for name, array in own.items():
-            array[...] = state[name]
+        for name, tensor in self.named_tensors():
+            tensor.data[...] = state[name]
+            tensor.data = tensor.data                       # so that a graph of the old values notices
 
     def train(self, mode: bool = True) -> Module:
         """Switch this module and all below it to training (dropout on), or to evaluation for mode=False."""
@@ -168,7 +179,11 @@ class Dropout(Module):
 
 
 class Sequential(Module):
-    """Modules and functions, each applied to the result of the one before."""
+    """Modules and functions, each applied to the result of the one before.
+
+    >>> Sequential(np.negative, np.exp)(Tensor(0.0))
+    Tensor(1.)
+    """
 
     def __init__(self, *steps: Any):
         self.steps = list(steps)

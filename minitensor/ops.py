@@ -20,7 +20,7 @@ from minitensor.tensor import Tensor, _common_dtype, _weak, implements, op
 
 
 def _values(x: Any) -> Any:
-    return x.data if isinstance(x, Tensor) else x
+    return x._data if isinstance(x, Tensor) else x
 
 
 def _alike(name: str, operands: Sequence) -> list:
@@ -28,7 +28,7 @@ def _alike(name: str, operands: Sequence) -> list:
     dtype = _common_dtype(name, tuple(operands))
     if dtype is None:
         return list(operands)
-    return [x if isinstance(x, Tensor) else np.asarray(_weak(x, dtype), dtype) for x in operands]
+    return [x if isinstance(x, Tensor) else np.asarray(_weak(name, x, dtype), dtype) for x in operands]
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def select(mask, x, y):
 @implements(np.where)
 def where(condition, x, y):
     """x where condition is true, y elsewhere, with broadcasting."""
-    return select(_values(condition), *_alike("where", (x, y)))
+    return select(np.asarray(_values(condition)), *_alike("where", (x, y)))
 
 @op()
 def limit(x, low, high):

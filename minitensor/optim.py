@@ -39,7 +39,15 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients in place so that their norm is at most max_norm; returns the norm before."""
+    """Scale all gradients in place so that their norm is at most max_norm; returns the norm before.
+
+    >>> x = Tensor([3.0, 4.0], requires_grad=True)
+    >>> np.sum(x * x).backward()
+    >>> clip_grad_norm([x], 1.0)
+    10.0
+    >>> np.round(x.grad.numpy(), 3)
+    array([0.6, 0.8], dtype=float32)
+    """
     parameters = _listed(parameters)
     norm = grad_norm(parameters)
     scale = clip_scale(norm, max_norm)
@@ -89,7 +97,17 @@ class _Optimizer:
 
 
 class SGD(_Optimizer):
-    """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch)."""
+    """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch).
+
+    >>> x = Tensor([1.0, -2.0], requires_grad=True)
+    >>> optimizer = SGD([x], lr=0.25)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     np.sum(x * x).backward()
+    ...     optimizer.step()                                # halves x
+    >>> x.numpy()
+    array([ 0.125, -0.25 ], dtype=float32)
+    """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.0):
         super().__init__(parameters, lr)
@@ -113,6 +131,14 @@ class AdamW(_Optimizer):
     Source: Loshchilov, Hutter 2019.
 
     max_norm: gradients are clipped to this norm, all taken together, on their way into the update.
+
+    >>> x = Tensor([1.0, -2.0], requires_grad=True)
+    >>> optimizer = AdamW([x], lr=0.1, max_norm=1.0)
+    >>> np.sum(x * x * 2).backward()
+    >>> print(f"{optimizer.step():.3f}")                    # the norm before clipping
+    8.944
+    >>> x.numpy()                                           # the first step is lr, whatever the gradient
+    array([ 0.9, -1.9], dtype=float32)
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3,
@@ -141,4 +167,6 @@ class AdamW(_Optimizer):
                           [self.first[i] for i in group], [self.second[i] for i in group],
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
+            for p in parameters:
+                p.data = p.data                          # so that a graph of the old values notices
         return norm

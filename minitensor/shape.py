@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from minitensor import tensor
+from minitensor.explain import listed, out_of_range
 from minitensor.ops import _alike, _values
 from minitensor.tensor import Tensor, implements, op
 
@@ -79,7 +80,11 @@ def getitem(x, index):
     if any(isinstance(i, Tensor) or getattr(i, "dtype", np.dtype(int)).kind == "f" for i in _parts(index)):
         raise IndexError("getitem: an index is a Tensor or an array of floats; indices are integers, slices, "
                          "None, ... and integer or boolean arrays, as in x[i.numpy().astype(int)]")
-    return x[index], lambda g: scatter(g, index, x.shape)
+    try:
+        value = x[index]
+    except IndexError as error:
+        raise out_of_range(x.shape, error) from None
+    return value, lambda g: scatter(g, index, x.shape)
 
 @op()
 def scatter(g, index, shape):
@@ -135,7 +140,11 @@ def concatenate(arrays, axis=0):
 @implements(np.stack)
 def stack(arrays, axis=0):
     """Arrays of one shape along a new axis of the result."""
-    return np.concatenate([np.expand_dims(x, axis) for x in _alike("stack", arrays)], axis=axis)
+    arrays = _alike("stack", arrays)
+    if len({x.shape for x in arrays}) > 1:
+        raise ValueError(f"stack: the arrays are {listed([x.shape for x in arrays])}; all must have one "
+                         "shape, and np.concatenate joins along an axis that is there")
+    return np.concatenate([np.expand_dims(x, axis) for x in arrays], axis=axis)
 
 @op(np.pad)
 def pad(x, pad_width, mode="constant", *, constant_values=0):

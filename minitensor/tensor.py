@@ -21,9 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from minitensor import explain
+
 NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
 _np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors
-_serial = itertools.count()
+_serial = itertools.count()                 # one clock for all: of nodes, and of changes to .data
+_last_change = 0
 
 
 class _State(threading.local):
@@ -48,12 +51,27 @@ def _set(**flags: Any) -> Iterator[None]:
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Record nothing: `with no_grad():`. Tensors made inside do not require a gradient."""
+    """Record nothing: `with no_grad():`. Tensors made inside do not require a gradient.
+
+    >>> x = Tensor(2.0, requires_grad=True)
+    >>> with no_grad():
+    ...     print((x * x).requires_grad)
+    False
+    """
     return _set(recording=False)
 
 
 def unfused() -> contextlib.AbstractContextManager[None]:
-    """Run every fused op as its reference, composed of primitive ops: slower, and each step can be seen."""
+    """Run every fused op as its reference, composed of primitive ops: slower, and each step can be seen.
+
+    >>> import minitensor as mt
+    >>> x = Tensor([0.0, 1.0], requires_grad=True)
+    >>> mt.softmax(x).node.op.__name__
+    'softmax'
+    >>> with unfused():
+    ...     mt.softmax(x).node.op.__name__
+    'divide'
+    """
     return _set(unfused=True)
 
 
@@ -86,8 +104,12 @@ class Tensor:
     data: a float32 or float64 ndarray is shared, not copied; Python numbers, lists, integers and booleans
     become float32. requires_grad: gradients are to be accumulated in `.grad`. Raises TypeError for any other
     dtype.
+
+    >>> x = Tensor([1.0, 2.0], requires_grad=True)
+    >>> np.square(x) + 1                                    # numpy's functions and operators are recorded
+    Tensor([2., 5.], op=add)
     """
-    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad")
+    __slots__ = ("__weakref__", "_changed", "_data", "grad", "node", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None):
         if isinstance(data, Tensor):
@@ -100,16 +122,30 @@ class Tensor:
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"Tensor: dtype is {np.dtype(dtype)}; a Tensor holds float32 or float64 "
                             "(indices and masks stay plain arrays)")
-        self.data: np.ndarray = array.astype(dtype, copy=False)
+        self._data: np.ndarray = array.astype(dtype, copy=False)
+        self._changed = 0
         self.requires_grad = requires_grad
         self.grad: Tensor | None = None
         self.node: Node | None = None
 
     # ---- what it is ----------------------------------------------------------------------------------------
-    shape = property(lambda self: self.data.shape, doc="The length of each axis.")
-    ndim = property(lambda self: self.data.ndim, doc="The number of axes.")
-    size = property(lambda self: self.data.size, doc="The number of elements.")
-    dtype = property(lambda self: self.data.dtype, doc="float32 or float64.")
+    shape = property(lambda self: self._data.shape, doc="The length of each axis.")
+    ndim = property(lambda self: self._data.ndim, doc="The number of axes.")
+    size = property(lambda self: self._data.size, doc="The number of elements.")
+    dtype = property(lambda self: self._data.dtype, doc="float32 or float64.")
+
+    @property
+    def data(self) -> np.ndarray:
+        """The values, outside the graph. After `t.data = ...` or `t.data += ...` a walk back over an op that
+        used the old values raises; after `t.data[i] = ...` nobody notices, and its gradients are wrong.
+        """
+        return self._data
+
+    @data.setter
+    def data(self, array: np.ndarray) -> None:
+        global _last_change
+        self._data = Tensor(array)._data
+        self._changed = _last_change = next(_serial)
 
     @property
     def T(self) -> Tensor:
@@ -118,7 +154,7 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The values as an ndarray, outside the graph; memory is shared."""
-        return self.data
+        return self._data
 
     def item(self) -> float:
         """The only element, as a Python float; ValueError if there are more or none."""
@@ -128,7 +164,13 @@ class Tensor:
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """The same values (memory is shared) as a constant: no gradient flows through."""
+        """The same values (memory is shared) as a constant: no gradient flows through.
+
+        >>> x = Tensor(3.0, requires_grad=True)
+        >>> (x * x.detach()).backward()                     # as if it were x * 3
+        >>> x.grad
+        Tensor(3.)
+        """
         return Tensor(self.data)
 
     def astype(self, dtype: Any) -> Tensor:
@@ -171,6 +213,11 @@ class Tensor:
 
         gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph
         for another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
+
+        >>> x = Tensor([1.0, 2.0], requires_grad=True)
+        >>> np.sum(x * x).backward()
+        >>> x.grad
+        Tensor([2., 4.])
         """
         _accumulate(_walk(self, gradient, (), retain_graph, create_graph), create_graph)
 
@@ -178,16 +225,12 @@ class Tensor:
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if method != "__call__" or options or ufunc not in NUMPY:
             name = ufunc.__name__ + ("" if method == "__call__" else f".{method}")
-            raise TypeError(f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''} has no op "
-                            "that can be differentiated; use t.numpy() to compute outside the graph, "
-                            "or write it with minitensor.op")
+            raise explain.no_op(ufunc, f"numpy.{name}{'(' + ', '.join(options) + '=...)' if options else ''}")
         return NUMPY[ufunc](*inputs)
 
     def __array_function__(self, function: Callable, types: Any, args: Any, options: Any) -> Any:
         if function not in NUMPY:
-            raise TypeError(f"{function.__module__}.{function.__name__} has no op "
-                            "that can be differentiated; use t.numpy() to compute outside the graph, "
-                            "or write it with minitensor.op")
+            raise explain.no_op(function, f"{function.__module__}.{function.__name__}")
         return NUMPY[function](*args, **options)
 
     def __array__(self, *args: Any, **options: Any) -> np.ndarray:
@@ -227,7 +270,8 @@ class Tensor:
     def __getitem__(self, index: Any) -> Tensor: return NUMPY[getitem](self, index=index)
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("a Tensor cannot be assigned into, as a graph may need the old values; build a new "
-                        "one with np.where or np.concatenate, or change t.data, which is outside the graph")
+                        "one with np.where or np.concatenate, or write t.data[...] = ... where no graph "
+                        "needs them")
 
     def sum(self, axis=None, keepdims=False) -> Tensor: return _np.sum(self, axis=axis, keepdims=keepdims)
     def mean(self, axis=None, keepdims=False) -> Tensor: return _np.mean(self, axis=axis, keepdims=keepdims)
@@ -275,14 +319,28 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and
     under `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of
     its own making.
+
+    >>> @op(np.arctan)
+    ... def arctan(x):
+    ...     return np.arctan(x), lambda g: g / (1 + x * x)
+    >>> x = Tensor([0.0, 1.0], requires_grad=True)
+    >>> dx, = grad(np.sum(np.arctan(x)), x, create_graph=True)
+    >>> dx.numpy()
+    array([1. , 0.5], dtype=float32)
+    >>> grad(np.sum(dx), x)                                 # -2 x / (1 + x^2)^2
+    (Tensor([-0. , -0.5]),)
+    >>> del NUMPY[np.arctan]                                # so that numpy's name is free again
     """
     elementwise = any(isinstance(f, np.ufunc) for f in numpy_functions)
+    if any(inspect.isfunction(f) and f is not getitem for f in numpy_functions):
+        raise TypeError(f"op: '{numpy_functions[0].__name__}' is not a function of numpy's; "
+                        "write the decorator with parentheses, as in @op()")
 
     def decorate(body: Callable) -> Callable:
         if not inspect.isfunction(body):
             raise TypeError(f"op: a {type(body).__name__} is not a function; an op's decorator is written "
                             "with parentheses, as in @op()")
-        name = body.__name__
+        name = body.__name__.lstrip("_")
         signature = inspect.signature(body)
 
         @functools.wraps(body)
@@ -296,21 +354,27 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
             if reference is not None and _state.unfused:
                 return reference(*inputs, **options)
             if elementwise:
-                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(x, dtype) for x in inputs)
+                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(name, x, dtype)
+                               for x in inputs)
             elif reference is not None:
                 inputs = tuple(_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs)
-            returned = body(*[x.data if isinstance(x, Tensor) else x for x in inputs], **options)
+            try:
+                returned = body(*[x._data if isinstance(x, Tensor) else x for x in inputs], **options)
+            except (ValueError, IndexError) as error:
+                if explain.is_named(error):
+                    raise
+                raise explain.named(name, inputs, error) from error
             if type(returned) is not tuple or len(returned) != 2 or not (
                     type(returned[1]) is tuple or callable(returned[1])):
                 raise TypeError(f"{name}: an op returns its value and its vjp, as in "
                                 "'return x * x, lambda g: g * (2 * x)'")
             value, vjp = returned
             result = Tensor.__new__(Tensor)
-            result.data = value if type(value) is np.ndarray else np.asarray(value)
-            if result.data.dtype.kind != "f":
-                raise TypeError(f"{name}: the value is an array of {result.data.dtype}; an op gives float32 "
+            result._data = value if type(value) is np.ndarray else np.asarray(value)
+            if result._data.dtype.kind != "f":
+                raise TypeError(f"{name}: the value is an array of {result._data.dtype}; an op gives float32 "
                                 "or float64")
-            result.grad = result.node = None
+            result._changed, result.grad, result.node = 0, None, None
             result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad
                                                             for x in inputs)
             if result.requires_grad:
@@ -319,13 +383,25 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
                 observer.forward(recorded, inputs, result)
             return result
 
+        recorded.__name__ = name
         recorded.body, recorded.reference = body, reference      # type: ignore[attr-defined]
         return implements(*numpy_functions)(recorded)
     return decorate
 
 
-def fused(*, reference: Callable) -> Callable:
-    """Make an op of a body that is one kernel forward and one backward; reference: see `op`."""
+def fused(*body: Callable, reference: Callable | None = None) -> Callable:
+    """Make an op of a body that is one kernel forward and one backward; reference: see `op`.
+
+    >>> @fused(reference=lambda x: np.exp(x) - 1)
+    ... def exp_minus_one(x):                               # numpy has a kernel for it
+    ...     y = np.expm1(x)
+    ...     return y, lambda g: g * (y + 1)
+    >>> exp_minus_one(Tensor(0.0, requires_grad=True))
+    Tensor(0., op=exp_minus_one)
+    """
+    if body:
+        raise TypeError("fused: write the decorator with parentheses, and with the body's reference, "
+                        "as in @fused(reference=f)")
     if not callable(reference):
         raise TypeError("fused: a fused op names its reference, a function of primitive ops; "
                         f"got {reference!r}")
@@ -339,6 +415,11 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
     inputs: leaves or tensors on the way. gradient: d loss / d output; may be left out for a scalar output.
     retain_graph: keep the graph for another walk. create_graph: make the results differentiable again (keeps
     the graph). An input that output does not depend on gets zeros.
+
+    >>> x = Tensor(2.0, requires_grad=True)
+    >>> dx, = grad(x ** 3, x, create_graph=True)            # 3 x^2
+    >>> grad(dx, x)                                         # 6 x
+    (Tensor(12.),)
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     for x in inputs:
@@ -383,7 +464,7 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
 
     with _set(recording=create_graph):
         g = _seed(output, gradient)
-        send(output, g if create_graph else g.data, False)
+        send(output, g if create_graph else g._data, False)
         while heap:
             x, g, owned = pending.pop(heapq.heappop(heap)[1])
             if id(x) in wanted_ids:
@@ -395,6 +476,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                                    "by an earlier backward(); pass retain_graph=True to the first one "
                                    "to walk it twice")
             inputs, vjp, reference = node.inputs, node.vjp, node.op.reference   # type: ignore[attr-defined]
+            for t in (x, *inputs) if _last_change > node.serial else ():
+                if isinstance(t, Tensor) and t._changed > node.serial:
+                    raise explain.stale(node.op.__name__, t.shape, "value" if t is x else "input")
             if create_graph and reference is not None:
                 with unfused():
                     send(reference(*inputs, **node.options), g, False)
@@ -436,7 +520,7 @@ def _accumulate(found: list[tuple[Tensor, Any, bool]], create_graph: bool) -> No
         elif create_graph or leaf.grad.node is not None:
             leaf.grad = leaf.grad + g
         else:
-            leaf.grad.data += g
+            leaf.grad._data += g
 
 
 def _seed(output: Tensor, gradient: Any) -> Tensor:
@@ -470,7 +554,7 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
 
 def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
     """The dtype of the Tensors among inputs (None if there is no Tensor); TypeError if floats are mixed."""
-    dtype = next((x.data.dtype for x in inputs if isinstance(x, Tensor)), None)
+    dtype = next((x._data.dtype for x in inputs if isinstance(x, Tensor)), None)
     if dtype is not None:
         for position, x in enumerate(inputs):
             if isinstance(x, (Tensor, np.ndarray)) and x.dtype != dtype and x.dtype.kind == "f":
@@ -485,10 +569,10 @@ def _listed(x: Any, dtype: np.dtype) -> np.ndarray:
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
-def _weak(x: Any, dtype: np.dtype) -> Any:
+def _weak(name: str, x: Any, dtype: np.dtype) -> Any:
     """An operand that is not a Tensor takes the Tensor's dtype, as a Python scalar does."""
     array = np.asarray(x)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"a {type(x).__name__} of dtype {array.dtype} cannot be combined "
-                        f"with a {dtype} Tensor")
+        raise TypeError(f"{name}: a {type(x).__name__} of dtype {array.dtype} cannot be combined "
+                        f"with a {dtype} Tensor; give numbers")
     return float(array) if array.ndim == 0 else array.astype(dtype, copy=False)

@@ -10,7 +10,8 @@ import minitensor.linalg
 import minitensor.ops
 import minitensor.shape  # noqa: F401  (ops register when they are imported)
 from minitensor.ops import relu
-from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
+from minitensor.tensor import NUMPY, Tensor, fused, grad, no_grad, op, unfused
+from minitensor.testing import gradcheck
 
 
 def leaf(*values, dtype=np.float64):
@@ -80,22 +81,6 @@ def test_gradients_of_intermediate_tensors_are_not_kept():
     assert y.grad is None and x.grad is not None
 
 
-def test_second_backward_says_so():
-    x = leaf(1.0)
-    y = np.sum(np.exp(x))
-    y.backward()
-    with pytest.raises(RuntimeError, match=r"released by an earlier backward\(\); pass retain_graph=True"):
-        y.backward()
-
-
-def test_second_backward_over_a_shared_part_says_so():
-    x = leaf(1.0)
-    shared = np.exp(x)
-    np.sum(shared).backward()
-    with pytest.raises(RuntimeError, match="the graph below op 'exp' was released"):
-        np.sum(shared * 2).backward()
-
-
 def test_retain_graph():
     x = leaf(2.0)
     y = np.sum(x * x)
@@ -120,16 +105,6 @@ def test_dropping_the_loss_frees_the_graph_without_the_collector():
         assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
-
-
-def test_backward_wants_a_scalar_or_a_gradient():
-    y = leaf(1.0, 2.0) * 2
-    with pytest.raises(ValueError, match=r"shape \(2,\), and only a scalar's gradient can be left out"):
-        y.backward()
-    with pytest.raises(ValueError, match="the two must be alike"):
-        y.backward(gradient=np.ones(3))
-    with pytest.raises(ValueError, match="does not depend on any tensor with requires_grad=True"):
-        Tensor([1.0]).backward()
 
 
 def test_a_vjp_of_the_wrong_shape_or_dtype_is_named():
@@ -263,18 +238,26 @@ def test_a_fused_op_runs_its_reference_where_the_graph_is_wanted():
     assert grad(np.sum(dx), x)[0].item() == pytest.approx(2 * np.exp(0.5))
     with pytest.raises(TypeError, match="a fused op names its reference"):
         fused(reference=None)
-    with pytest.raises(TypeError, match=r"fused\(\) takes 0 positional arguments"):
-        @fused
-        def without_reference(x):
-            return x, lambda g: g
 
 
-def test_a_decorator_without_parentheses_says_so():
-    @op
-    def bare(x):
-        return x, lambda g: g
-    with pytest.raises(TypeError, match=r"written with parentheses, as in @op\(\)"):
-        bare(leaf(1.0))
+def test_an_op_of_ones_own_needs_no_further_wiring():
+    @op(np.hypot)
+    def hypotenuse(x, y):
+        z = np.sqrt(x * x + y * y)
+        return z, (lambda g: g * x / z, lambda g: g * y / z)
+    try:
+        x, y = leaf(3.0, 6.0), Tensor(np.array([[4.0], [8.0]]), True)
+        z = np.hypot(x, y)                                      # numpy's name, and broadcasting
+        assert z.shape == (2, 2) and z.node.op.__name__ == "hypotenuse" and z[0, 0].item() == 5
+        dx, dy = grad(np.sum(z), (x, y), create_graph=True)
+        np.testing.assert_allclose(dx.numpy()[0], 3 / 5 + 3 / np.hypot(3, 8))
+        assert dy.shape == (2, 1)
+        second, = grad(dx[0], x)
+        np.testing.assert_allclose(second.numpy(), [16 / 125 + 64 / np.hypot(3, 8) ** 3, 0])
+        gradcheck(np.hypot, x.numpy(), y.numpy(), order=3)
+        assert isinstance(hypotenuse(3.0, 4.0), float)          # with no Tensor, a plain function
+    finally:
+        del NUMPY[np.hypot]
 
 
 # ---- a Tensor among numpy's arrays -------------------------------------------------------------------------
@@ -290,33 +273,6 @@ def test_comparisons_are_boolean_arrays():
                            (x >= Tensor([2.0, 2.0, 2.0]), [0, 1, 1])):
         assert isinstance(mask, np.ndarray) and mask.dtype == bool
         assert mask.astype(int).tolist() == expected
-
-
-def test_a_numpy_function_without_an_op_is_named():
-    x = Tensor([[1.0]])
-    for call, name in ((lambda: np.arctan(x), "numpy.arctan"), (lambda: np.median(x), "numpy.median"),
-                       (lambda: np.linalg.inv(x), "numpy.linalg.inv"),
-                       (lambda: np.add.reduce(x), "numpy.add.reduce")):
-        with pytest.raises(TypeError, match=f"{name} has no op that can be differentiated; use t.numpy"):
-            call()
-
-
-def test_a_tensor_does_not_become_an_array_by_itself():
-    x = Tensor([1.0])
-    for convert in (np.asarray, np.array):
-        with pytest.raises(TypeError, match="does not turn into an array by itself"):
-            convert(x)
-
-
-def test_ufunc_options_are_refused():
-    x = Tensor([1.0])
-    with pytest.raises(TypeError, match=r"numpy.add\(out=...\) has no op"):
-        np.add(x, x, out=np.zeros(1, np.float32))
-    with pytest.raises(TypeError, match="out"):
-        array = np.ones(1, np.float32)
-        array += x
-    with pytest.raises(TypeError, match=r"numpy.exp\(where=...\)"):
-        np.exp(x, where=[True])
 
 
 def test_float32_and_float64_do_not_mix():
@@ -382,12 +338,6 @@ def test_truth_length_iteration_and_numbers():
     assert f"{Tensor(1.2345):.2f}" == "1.23" and f"{Tensor([1.0])}" == "Tensor([1.])"
     assert repr(x * 2).endswith("op=multiply)") and "requires_grad=True" in repr(x)
     assert "dtype=float64" in repr(Tensor(np.ones(1)))
-
-
-def test_assignment_is_refused():
-    x = Tensor([1.0, 2.0])
-    with pytest.raises(TypeError, match="cannot be assigned into"):
-        x[0] = 3.0
 
 
 def test_methods_are_numpys_functions():

@@ -323,7 +323,7 @@ def test_the_table_has_every_fused_op():
 def test_a_fused_op_without_a_reference_is_an_error_at_import():
     source = "@minitensor.fused({})\ndef double(x):\n    return 2 * x, lambda g: 2 * g\n"
     for nothing in ("lambda x: 2 * x", "reference=None", ""):
-        with pytest.raises(TypeError, match=r"reference|fused\(\) takes 0 positional arguments"):
+        with pytest.raises(TypeError, match="reference"):
             exec(source.format(nothing), {"minitensor": minitensor})
     exec(source.format("reference=lambda x: 2 * x"), {"minitensor": minitensor})
     with pytest.raises(TypeError, match=r"fused: a fused op names its reference, .*; got None"):
