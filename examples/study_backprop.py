@@ -315,7 +315,7 @@ def main(arguments=None):
         names = teach(section)
     with writing(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        mt.trace(names["loss"]).to_html(page)
+        exec("mt.trace(loss).to_html(page)", names | {"page": page})     # there, so that it sees their names
     print(f"The backward pass of this last loss, step by step: open {page} in a browser.")
     return 0
 

@@ -354,10 +354,10 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
             if reference is not None and _state.unfused:
                 return reference(*inputs, **options)
             if elementwise:
-                inputs = tuple(x if type(x) in (Tensor, float, int) else _weak(name, x, dtype)
-                               for x in inputs)
+                inputs = tuple([x if type(x) in (Tensor, float, int) else _weak(name, x, dtype)
+                                for x in inputs])
             elif reference is not None:
-                inputs = tuple(_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs)
+                inputs = tuple([_listed(x, dtype) if isinstance(x, (list, tuple)) else x for x in inputs])
             try:
                 returned = body(*[x._data if isinstance(x, Tensor) else x for x in inputs], **options)
             except (ValueError, IndexError) as error:
@@ -488,8 +488,8 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             elif not retain_graph:
                 node.inputs, node.vjp = (), None
             if isinstance(vjp, tuple):
-                gradients: tuple = tuple(f(g) if isinstance(x, Tensor) and x.requires_grad else None
-                                         for f, x in zip(vjp, inputs, strict=False))
+                gradients: tuple = tuple([f(g) if isinstance(x, Tensor) and x.requires_grad else None
+                                          for f, x in zip(vjp, inputs, strict=False)])
             else:
                 gradients = vjp(g)
                 gradients = gradients if isinstance(gradients, tuple) else (gradients,)
