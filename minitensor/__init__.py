@@ -12,6 +12,7 @@ What follows is the table of contents; `minitensor.testing`, for gradient checks
 from minitensor import nn, optim
 from minitensor.fused import (
     attention,
+    cross_attention,
     cross_entropy,
     dropout,
     embedding,
@@ -85,8 +86,8 @@ from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
     # fused: one kernel forward, one backward
-    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
-    "cross_entropy",
+    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "cross_attention", "dropout",
+    "embedding", "cross_entropy",
     # arithmetic
     "add", "subtract", "multiply", "divide", "power", "negative", "abs", "square", "sqrt", "reciprocal",
     # exponentials and their kin
