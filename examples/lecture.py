@@ -2,7 +2,8 @@
 
     python examples/lecture.py --rung head      one rung: its losses on the way, and a sample
     python examples/lecture.py --rung all       all but the last: a table, and the curves in out/lecture/
-    python examples/lecture.py --rung scaled    the GPT at the end: many hours on a CPU
+    python examples/lecture.py --rung scaled    the GPT at the end: many hours on a CPU (as many as
+                                                train_shakespeare.py --recipe lecture, which saves its work)
 
 Read the models from top to bottom; in each, what is new is marked so: # +. Source: Karpathy 2023.
 """
@@ -254,6 +255,7 @@ class Rung(NamedTuple):
     batch: int = 32
     sizes: Sizes = Sizes()
     reference_step: int = 5000                   # after which the reference was measured
+    evaluation_batches: int = 200
 
 
 RUNGS = {
@@ -266,9 +268,10 @@ RUNGS = {
     "layernorm": Rung(Normalised, 2.10, reference_step=4500),
     "dropout": Rung(Dropped, None),
     "scaled": Rung(Dropped, 1.48, lr=3e-4, batch=64,
-                   sizes=Sizes(width=384, context=256, heads=6, layers=6)),
+                   sizes=Sizes(width=384, context=256, heads=6, layers=6),
+                   evaluation_batches=20),       # of 16,384 characters: three times the validation split
 }
-STEPS, EVALUATE_EVERY, EVALUATION_BATCHES, SEED = 5000, 500, 200, 0
+STEPS, EVALUATE_EVERY, SEED = 5000, 500, 0
 
 
 class Evaluation(NamedTuple):
@@ -303,10 +306,10 @@ def train(rung, vocabulary, train_ids, val_ids, steps, seed, report):
 def evaluate(model, ids, rung, seed, step):
     """The mean loss of random batches, new ones after each step."""
     model.eval()
+    losses, first = [], rung.evaluation_batches * step
     with mt.no_grad():
-        losses = []
-        for i in range(EVALUATION_BATCHES):
-            x, y = batch(ids, rung.batch, rung.sizes.context, seed, EVALUATION_BATCHES * step + i, rank=1)
+        for i in range(first, first + rung.evaluation_batches):
+            x, y = batch(ids, rung.batch, rung.sizes.context, seed, i, rank=1)
             losses.append(mt.cross_entropy(model(x), y).item())
     model.train()
     return float(np.mean(losses))
@@ -355,8 +358,8 @@ def main(arguments=None):
     names = [name for name in RUNGS if name != "scaled"] if options.rung == "all" else [options.rung]
     check_length(train_ids, val_ids, max(RUNGS[name].sizes.context for name in names))
     print(f"{text.name}, from {text.source}")
-    print(f"{options.steps} steps, seed {options.seed}; "
-          f"losses are means of {EVALUATION_BATCHES} random batches, in nats a character\n")
+    print(f"{options.steps} steps, seed {options.seed}; losses are means of "
+          f"{RUNGS[names[0]].evaluation_batches} random batches, in nats a character\n")
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
 
@@ -368,7 +371,7 @@ def main(arguments=None):
         model, curves[name], seconds = train(RUNGS[name], len(tokenizer), train_ids, val_ids, options.steps,
                                              options.seed, report)
         rows.append(row(name, model, curves[name], seconds, text.comparable))
-    print(f"\n{'rung':<12}{'parameters':>11}{'validation':>12}{'reference':>11}{'seconds':>9}")
+    print(f"\n{'rung':<12}{'parameters':>11}{'step':>7}{'validation':>12}{'reference':>11}{'seconds':>9}")
     print("\n".join(rows))
     if options.rung != "all":
         print(f"\n{tokenizer.decode(sample(model, RUNGS[name].sizes.context, 300, options.seed))}")
@@ -380,12 +383,11 @@ def main(arguments=None):
 
 
 def row(name, model, evaluations, seconds, comparable):
-    """A line of the table; the loss is that after the step at which the reference was measured."""
-    rung = RUNGS[name]
-    loss = next((e.validation for e in evaluations if e.step == rung.reference_step),
-                evaluations[-1].validation)
+    """A line of the table, with the loss after the step of the reference's, or the last one."""
+    rung, parameters = RUNGS[name], sum(p.size for p in model.parameters())
+    evaluation = next((e for e in evaluations if e.step == rung.reference_step), evaluations[-1])
     reference = f"{rung.reference:.2f}" if rung.reference and comparable else "-"
-    return (f"{name:<12}{sum(p.size for p in model.parameters()):>11,}{loss:>12.3f}{reference:>11}"
+    return (f"{name:<12}{parameters:>11,}{evaluation.step:>7}{evaluation.validation:>12.3f}{reference:>11}"
             f"{seconds:>9.1f}")
 
 

@@ -25,13 +25,12 @@ def test_as_many_parameters_as_in_the_lecture(name):
 @rungs
 def test_a_few_steps_on_verse(name, monkeypatch):
     """The loss falls, and each parameter has a gradient."""
-    monkeypatch.setattr(lecture, "EVALUATION_BATCHES", 4)
     monkeypatch.setattr(lecture, "EVALUATE_EVERY", 20)
     text = verse(20_000)
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode(text)
-    model, evaluations, seconds = lecture.train(lecture.RUNGS[name], len(tokenizer), ids, ids, 50, 0,
-                                                lambda evaluation: None)
+    model, evaluations, seconds = lecture.train(lecture.RUNGS[name]._replace(evaluation_batches=4),
+                                                len(tokenizer), ids, ids, 50, 0, lambda evaluation: None)
     assert [e.step for e in evaluations] == [0, 20, 40, 50] and seconds > 0
     losses = [e.validation for e in evaluations]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.2
@@ -85,9 +84,8 @@ def test_dropout_in_training_alone():
     np.testing.assert_array_equal(model(ids).numpy(), model(ids).numpy())
 
 
-def test_evaluation_is_the_mean_of_its_batches(monkeypatch):
-    monkeypatch.setattr(lecture, "EVALUATION_BATCHES", 3)
-    rung = lecture.RUNGS["bigram"]
+def test_evaluation_is_the_mean_of_its_batches():
+    rung = lecture.RUNGS["bigram"]._replace(evaluation_batches=3)
     model, ids = rung.model(65, rung.sizes), np.random.default_rng(0).integers(65, size=1000)
     expected = [mt.cross_entropy(model(x), y).item()
                 for x, y in (batch(ids, 32, 8, 5, i, rank=1) for i in (21, 22, 23))]
@@ -96,7 +94,8 @@ def test_evaluation_is_the_mean_of_its_batches(monkeypatch):
 
 
 def test_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(lecture, "EVALUATION_BATCHES", 2)
+    few = {name: rung._replace(evaluation_batches=2) for name, rung in lecture.RUNGS.items()}
+    monkeypatch.setattr(lecture, "RUNGS", few)
     (tmp_path / "my.txt").write_text(verse(3000))
     out = tmp_path / "out"
     arguments = ["--data", str(tmp_path / "my.txt"), "--steps", "3", "--out", str(out)]
@@ -108,8 +107,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     table = {line.split()[0]: line.split() for line in printed.split("seconds\n")[1].splitlines() if line}
     for name, curve in curves.items():
         assert [step for step, *_ in curve] == [0, 3]
-        assert float(table[name][2]) == pytest.approx(curve[-1][2], abs=6e-4)
-        assert table[name][3] == "-"                       # references are tinyshakespeare's
+        assert table[name][2] == "3" and float(table[name][3]) == pytest.approx(curve[-1][2], abs=6e-4)
+        assert table[name][4] == "-"                       # references are tinyshakespeare's
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert run(lecture.main, [*arguments, "--rung", "heads"]) == 0
     assert "head  " not in capsys.readouterr().out
@@ -120,8 +119,8 @@ def test_the_table_takes_the_loss_after_the_step_of_the_reference():
     model = rung.model(65, rung.sizes)
     curve = [lecture.Evaluation(step, 0.0, step / 1000) for step in (4000, 4500, 5000)]
     assert lecture.row("layernorm", model, curve, 1.0, True).split() == [
-        "layernorm", "42,369", "4.500", "2.10", "1.0"]
-    assert lecture.row("dropout", model, curve, 1.0, True).split()[2:4] == ["5.000", "-"]
+        "layernorm", "42,369", "4500", "4.500", "2.10", "1.0"]
+    assert lecture.row("dropout", model, curve, 1.0, True).split()[2:5] == ["5000", "5.000", "-"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

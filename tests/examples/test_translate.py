@@ -114,14 +114,14 @@ def test_greedy_digits_are_the_likeliest_of_the_whole_model(model):
 
 
 def test_learns(model, monkeypatch):
-    """All numbers of two digits that are held out, after a few seconds of numbers up to two digits."""
+    """Most numbers of two digits that are held out, after a second or two of the others."""
     monkeypatch.setattr(translate, "DIGITS", 2)
     lines = []
-    translate.train(model, 250, 0, lines.append)
-    numbers = [n for n in range(100) if translate.is_held_out(n)]
+    translate.train(model, 60, 0, lines.append)
+    numbers = [n for n in range(100) if translate.is_held_out(n)]                # 14 of them
     results = translate.translate(model, translate.encode_words(numbers))
-    assert np.mean([r == str(n) for r, n in zip(results, numbers, strict=True)]) > 0.7, results
-    assert lines[-1].startswith("step   250: loss ")
+    assert np.mean([r == str(n) for r, n in zip(results, numbers, strict=True)]) > 0.6, results
+    assert lines[-1].startswith("step    60: loss ")
 
 
 def test_command(monkeypatch, capsys):
