@@ -51,14 +51,14 @@ def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float
     C is heads x D, heads side by side. p, seed: dropout of the attention weights (see `kernels.dropout`; the
     mask's row is the number of (sequence, head, query), its column the key). mask (B, T): the keys to see.
     """
-    return _forward(_sizes("attention_forward", qkv, qkv, heads, causal, mask), qkv, qkv, p, seed)
+    return _forward(_sizes("attention_forward", qkv, None, heads, causal, mask), qkv, qkv, p, seed)
 
 
 def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms: np.ndarray, heads: int,
                        causal: bool = True, p: float = 0.0, seed: int = 0,
                        mask: np.ndarray | None = None) -> np.ndarray:
     """dqkv (B, T, 3C), from the gradient and what the forward pass was given and gave."""
-    sizes = _sizes("attention_backward", qkv, qkv, heads, causal, mask)
+    sizes = _sizes("attention_backward", qkv, None, heads, causal, mask)
     sizes.check_results("attention_backward", dout, out, norms, qkv)
     dqkv = sizes.room()(qkv.shape, qkv.dtype)
     _backward(sizes, dout, qkv, qkv, out, norms, dqkv, dqkv, p, seed)
@@ -100,6 +100,7 @@ class _Sizes(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, ...]:
+        """What a kernel needs of it, as numbers."""
         return self.keys, self.heads, self.depth, self.q_row, self.kv_row, self.first_key
 
     def room(self) -> Callable[..., np.ndarray]:
@@ -114,19 +115,19 @@ class _Sizes(NamedTuple):
         check(name, "norms", norms, (self.batch, self.heads, self.time), like=like)
 
 
-def _sizes(name: str, q: np.ndarray, kv: np.ndarray, heads: int, causal: bool,
+def _sizes(name: str, q: np.ndarray, kv: np.ndarray | None, heads: int, causal: bool,
            mask: np.ndarray | None) -> _Sizes:
-    packed = q is kv
-    check(name, "qkv" if packed else "q", q, (None, None, None))
+    """kv: None where q is packed, (B, T, 3C)."""
+    argument, parts, phrase = ("q", 1, "") if kv is not None else ("qkv", 3, "3 x ")
+    check(name, argument, q, (None, None, None))
     batch, time, q_row = q.shape
-    thirds = 3 if packed else 1
-    if heads < 1 or q_row % (thirds * heads):
-        raise ValueError(f"{name}: {'qkv' if packed else 'q'} has a last axis of {q_row}, "
-                         f"which is not {'3 x ' if packed else ''}heads x D for {heads} heads")
-    width = q_row // thirds
-    if not packed:
+    if heads < 1 or q_row % (parts * heads):
+        raise ValueError(f"{name}: {argument} has a last axis of {q_row}, "
+                         f"which is not {phrase}heads x D for {heads} heads")
+    width = q_row // parts
+    if kv is not None:
         check(name, "kv", kv, (batch, None, 2 * width), like=q)
-    keys, kv_row = kv.shape[1:]
+    keys, kv_row = q.shape[1:] if kv is None else kv.shape[1:]
     if causal and time > keys:
         raise ValueError(f"{name}: q has {time} queries and kv {keys} keys; where causal, the queries are "
                          "those of the last tokens, so that there are no more of them than keys")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import memory
 from tests.kernels.test_attention import BOTH, CAUSAL, cross_backward, cross_forward, cut, normal
 
 SIZES = (                                    # B, T, S, H, D: less than a tile, some tiles, more keys or fewer
@@ -160,6 +161,22 @@ def test_a_mask_of_any_layout():
 def test_causal_needs_as_many_keys_as_queries():
     with pytest.raises(ValueError, match="cross_attention_forward: q has 3 queries and kv 2 keys; where"):
         kernels.cross_attention_forward(np.ones((1, 3, 1)), np.ones((1, 2, 2)), 1, causal=True)
+
+
+def test_keys_and_values_are_never_taken_for_a_packed_array():
+    x = np.ones((1, 2, 6))
+    with pytest.raises(ValueError, match="cross_attention_forward: kv has shape"):
+        kernels.cross_attention_forward(x, x, 1)
+
+
+def test_buffers_grow_with_the_sequences_and_not_their_product():
+    def used(tokens):
+        """Bytes of results and scratch together, for each token."""
+        memory.release()
+        run(*draw(1, tokens, 2 * tokens, 1, 16, np.float32), 1)
+        return memory.free_bytes() / tokens
+
+    assert used(2048) < 1.3 * used(512)                  # steps of a quarter between the sizes of buffers
 
 
 @pytest.mark.parametrize("heads", [0, 3])
