@@ -5,7 +5,12 @@ C-contiguous, float32 or float64. Each result has the same bits on any number of
 `kernels.memory` recycles.
 """
 from kernels.adamw import adamw, sum_of_squares
-from kernels.attention import attention_backward, attention_forward
+from kernels.attention import (
+    attention_backward,
+    attention_forward,
+    cross_attention_backward,
+    cross_attention_forward,
+)
 from kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from kernels.dropout import dropout, dropout_mask, flat_mask, keep_below
 from kernels.embedding import embedding_backward, embedding_forward
@@ -19,7 +24,7 @@ __all__ = [  # noqa: RUF022 (in the order of a step)
     "embedding_forward", "embedding_backward",
     "layernorm_forward", "layernorm_backward",
     "matmul", "linear_forward", "column_sum",
-    "attention_forward", "attention_backward",
+    "attention_forward", "attention_backward", "cross_attention_forward", "cross_attention_backward",
     "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
     "gelu_forward", "gelu_backward",
     "dropout", "dropout_mask", "flat_mask", "keep_below",

@@ -1,9 +1,9 @@
-"""Attention over packed queries, keys and values, without a T x T matrix: memory grows with T.
+"""Attention of queries over keys and values, without a matrix of all scores: memory grows with T, not T².
 Sources: Milakov, Gimelshein 2018 (online softmax); Dao et al. 2022 (tiles recomputed in the backward pass).
 
-For each of H heads of width D, with q, k, v the rows of T tokens and a = 1 / √D:
+For each of H heads of width D, with q the rows of T queries, k and v those of S keys, and a = 1 / √D:
 
-    forward:   1. s_ij = a q_i · k_j     (j <= i where causal)
+    forward:   1. s_ij = a q_i · k_j     (j <= i + S - T where causal)
                2. p_ij = exp(s_ij - n_i),   n_i = log Σ_j exp(s_ij)
                3. o_i  = Σ_j p̃_ij v_j,      p̃ = p with dropout
 
@@ -17,10 +17,16 @@ for every query the largest score so far, m, and Σ exp(s - m); when m grows, wh
 exp(m - m'). Backward, it takes blocks of keys against blocks of queries and makes p again from s and n.
 Products are register tiles on scratch that stays in the second-level cache; tiles that the causal mask hides
 are skipped.
+
+A mask (B, S) of bool hides the keys where it is False from all queries: their scores are -inf, and zeros
+take the place of their keys and values, so that not even a NaN in them is seen. A query that sees no key
+at all gets zeros, and passes no gradient on.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -38,63 +44,144 @@ QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole registe
 KEYS = 128                                   # the most keys in a block
 
 
-def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float = 0.0,
-                      seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float = 0.0, seed: int = 0,
+                      mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """qkv (B, T, 3C), queries first, then keys, then values -> out (B, T, C), norms n (B, H, T).
 
     C is heads x D, heads side by side. p, seed: dropout of the attention weights (see `kernels.dropout`; the
-    mask's row is the number of (sequence, head, query), its column the key).
+    mask's row is the number of (sequence, head, query), its column the key). mask (B, T): the keys to see.
     """
-    batch, time, width, depth = _sizes("attention_forward", qkv, heads)
-    out = memory.empty((batch, time, width), qkv.dtype)
-    norms = (memory.empty if out.size else memory.zeros)((batch, heads, time), qkv.dtype)
-    if out.size:
-        tile, padded, keys = _blocks(depth, time, qkv.dtype)
-        rows = _round_up(time, keys)
-        scratch = _scratch(qkv.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, keys),
-                           (QUERIES, padded), (2, QUERIES))
-        launch(_attention_forward, batch * heads, qkv.reshape(-1), out.reshape(-1), norms.reshape(-1, time),
-               heads, depth, causal, _dropout(p, seed, qkv.dtype), (tile, padded, keys), scratch)
-    return out, norms
+    return _forward(_sizes("attention_forward", qkv, None, heads, causal, mask), qkv, qkv, p, seed)
 
 
 def attention_backward(dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, norms: np.ndarray, heads: int,
-                       causal: bool = True, p: float = 0.0, seed: int = 0) -> np.ndarray:
+                       causal: bool = True, p: float = 0.0, seed: int = 0,
+                       mask: np.ndarray | None = None) -> np.ndarray:
     """dqkv (B, T, 3C), from the gradient and what the forward pass was given and gave."""
-    batch, time, width, depth = _sizes("attention_backward", qkv, heads)
-    check("attention_backward", "dout", dout, (batch, time, width), like=qkv)
-    check("attention_backward", "out", out, (batch, time, width), like=qkv)
-    check("attention_backward", "norms", norms, (batch, heads, time), like=qkv)
-    dqkv = memory.empty(qkv.shape, qkv.dtype)
-    if dqkv.size:
-        tile, padded, keys = _blocks(depth, time, qkv.dtype)
-        rows, key_rows = _round_up(time, QUERIES), _round_up(keys, ROWS)
-        scratch = _scratch(qkv.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
-                           (keys * depth,), (keys * depth,), (keys, padded),
-                           (key_rows, padded), (key_rows, padded), (QUERIES, key_rows), (QUERIES, key_rows))
-        launch(_attention_backward, batch * heads, dout.reshape(-1), qkv.reshape(-1), out.reshape(-1),
-               norms.reshape(-1, time), dqkv.reshape(-1), heads, depth, causal, _dropout(p, seed, qkv.dtype),
-               (tile, padded, keys), scratch)
+    sizes = _sizes("attention_backward", qkv, None, heads, causal, mask)
+    sizes.check_results("attention_backward", dout, out, norms, qkv)
+    dqkv = sizes.room()(qkv.shape, qkv.dtype)
+    _backward(sizes, dout, qkv, qkv, out, norms, dqkv, dqkv, p, seed)
     return dqkv
 
 
-def _sizes(name: str, qkv: np.ndarray, heads: int) -> tuple[int, int, int, int]:
-    check(name, "qkv", qkv, (None, None, None))
-    batch, time, packed = qkv.shape
-    if heads < 1 or packed % (3 * heads):
-        raise ValueError(f"{name}: qkv has a last axis of {packed}, "
-                         f"which is not 3 x heads x D for {heads} heads")
-    return batch, time, packed // 3, packed // (3 * heads)
+def cross_attention_forward(q: np.ndarray, kv: np.ndarray, heads: int, causal: bool = False, p: float = 0.0,
+                            seed: int = 0, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """q (B, T, C), kv (B, S, 2C), keys first, then values -> out (B, T, C), norms n (B, H, T).
+
+    causal: the queries are those of the last T of the S tokens. mask (B, S); else as `attention_forward`.
+    """
+    return _forward(_sizes("cross_attention_forward", q, kv, heads, causal, mask), q, kv, p, seed)
+
+
+def cross_attention_backward(dout: np.ndarray, q: np.ndarray, kv: np.ndarray, out: np.ndarray,
+                             norms: np.ndarray, heads: int, causal: bool = False, p: float = 0.0,
+                             seed: int = 0, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """dq (B, T, C), dkv (B, S, 2C), from the gradient and what the forward pass was given and gave."""
+    sizes = _sizes("cross_attention_backward", q, kv, heads, causal, mask)
+    sizes.check_results("cross_attention_backward", dout, out, norms, q)
+    dq, dkv = sizes.room()(q.shape, q.dtype), sizes.room()(kv.shape, kv.dtype)
+    _backward(sizes, dout, q, kv, out, norms, dq, dkv, p, seed)
+    return dq, dkv
+
+
+class _Sizes(NamedTuple):
+    """What is attended to by what, and where it lies: rows of q and kv may hold all three, side by side."""
+    batch: int
+    time: int                # queries
+    keys: int
+    heads: int
+    depth: int
+    q_row: int               # elements from a query to the next
+    kv_row: int              # and from a key to the next
+    first_key: int           # where keys begin in a row; values follow
+    causal: bool
+    mask: np.ndarray         # (B S,), or empty where all keys are seen
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """What a kernel needs of it, as numbers."""
+        return self.keys, self.heads, self.depth, self.q_row, self.kv_row, self.first_key
+
+    def room(self) -> Callable[..., np.ndarray]:
+        """What makes arrays for results: filled with zeros if there is nothing to attend to."""
+        return memory.empty if self.batch * self.time * self.keys * self.depth else memory.zeros
+
+    def check_results(self, name: str, dout: np.ndarray, out: np.ndarray, norms: np.ndarray,
+                      like: np.ndarray) -> None:
+        shape = self.batch, self.time, self.heads * self.depth
+        check(name, "dout", dout, shape, like=like)
+        check(name, "out", out, shape, like=like)
+        check(name, "norms", norms, (self.batch, self.heads, self.time), like=like)
+
+
+def _sizes(name: str, q: np.ndarray, kv: np.ndarray | None, heads: int, causal: bool,
+           mask: np.ndarray | None) -> _Sizes:
+    """kv: None where q is packed, (B, T, 3C)."""
+    argument, parts, phrase = ("q", 1, "") if kv is not None else ("qkv", 3, "3 x ")
+    check(name, argument, q, (None, None, None))
+    batch, time, q_row = q.shape
+    if heads < 1 or q_row % (parts * heads):
+        raise ValueError(f"{name}: {argument} has a last axis of {q_row}, "
+                         f"which is not {phrase}heads x D for {heads} heads")
+    width = q_row // parts
+    if kv is not None:
+        check(name, "kv", kv, (batch, None, 2 * width), like=q)
+    keys, kv_row = q.shape[1:] if kv is None else kv.shape[1:]
+    if causal and time > keys:
+        raise ValueError(f"{name}: q has {time} queries and kv {keys} keys; where causal, the queries are "
+                         "those of the last tokens, so that there are no more of them than keys")
+    if mask is None:
+        mask = np.zeros(0, bool)
+    elif not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (batch, keys):
+        given = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
+        raise ValueError(f"{name}: mask is {given}; it must be an array of bool, ({batch}, {keys}), "
+                         "True where a key is seen")
+    mask = np.require(mask, requirements=("C", "W")).reshape(-1)
+    return _Sizes(batch, time, keys, heads, width // heads, q_row, kv_row, kv_row - 2 * width, causal, mask)
+
+
+def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
+             seed: int) -> tuple[np.ndarray, np.ndarray]:
+    batch, time, keys, heads, depth = sizes[:5]
+    dropout = _dropout(p, seed, q.dtype)
+    out = sizes.room()((batch, time, heads * depth), q.dtype)
+    norms = sizes.room()((batch, heads, time), q.dtype)
+    if out.size and keys:
+        tile, padded, block = _blocks(depth, keys, q.dtype)
+        rows = _round_up(keys, block)
+        scratch = _scratch(q.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, block),
+                           (QUERIES, padded), (2, QUERIES))
+        launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
+               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch)
+    return out, norms
+
+
+def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, out: np.ndarray,
+              norms: np.ndarray, dq: np.ndarray, dkv: np.ndarray, p: float, seed: int) -> None:
+    """Fill dq and dkv, which are one array where q and kv are."""
+    batch, time, keys, heads, depth = sizes[:5]
+    dropout = _dropout(p, seed, q.dtype)
+    if out.size and keys:
+        tile, padded, block = _blocks(depth, keys, q.dtype)
+        rows, block_rows = _round_up(time, QUERIES), _round_up(block, ROWS)
+        scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
+                           (block * depth,), (block * depth,), (block, padded),
+                           (block_rows, padded), (block_rows, padded),
+                           (QUERIES, block_rows), (QUERIES, block_rows))
+        launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
+               sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
+               sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(depth: int, time: int, dtype: np.dtype) -> tuple[int, int, int]:
+def _blocks(depth: int, keys: int, dtype: np.dtype) -> tuple[int, int, int]:
     """The width of a register tile; in whole tiles, the width of a head and the keys in a block."""
     tile = columns(dtype)
-    return tile, _round_up(depth, tile), _round_up(min(time, KEYS), tile)
+    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), tile)
 
 
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
@@ -107,50 +194,78 @@ def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...
 
 
 @kernel
-def _attention_forward(qkv, out, norms, heads, depth, causal, dropout, blocks, scratch, tasks):
+def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        head_forward(qkv, out, norms[task], task, heads, depth, causal, dropout, blocks, scratch,
+        head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
                      numba.get_thread_id())
 
 
 @helper
-def head_forward(qkv, out, norms, task, heads, depth, causal, dropout, blocks, scratch, thread):
+def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread):
     """One head of one sequence."""
     limit, kept_scale, start_of_rows = dropout
-    tile, padded, keys = blocks
+    tile, padded, block = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
     tops = scratch[5][thread]                                                             # m and Σ p
-    time, width = norms.size, heads * depth
-    start = task // heads * time * 3 * width + task % heads * depth
-    one = norms.dtype.type(1)
-    scale = norms.dtype.type(1 / math.sqrt(depth))
-    for j in range(0, time, tile):
-        pack_transposed(qkv, start + width + j * 3 * width, 3 * width, min(tile, time - j), depth,
+    time = norms.size
+    keys, heads, depth, q_row, kv_row, _ = layout
+    start, key_start, value_start, out_start = starts(task, time, layout)
+    width = heads * depth
+    visible = mask[task // heads * keys:(task // heads + 1) * keys]
+    first = first_visible(visible)
+    zero, one = norms.dtype.type(0), norms.dtype.type(1)
+    lowest, scale = norms.dtype.type(-math.inf), norms.dtype.type(1 / math.sqrt(depth))
+    for j in range(0, keys, tile):
+        pack_transposed(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
                         key_panels, j * depth, tile)
-    pack_rows(qkv, start + 2 * width, 3 * width, time, depth, one, values)
+    pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     for i0 in range(0, time, QUERIES):
         rows = min(QUERIES, time - i0)
-        pack_rows(qkv, start + i0 * 3 * width, 3 * width, rows, depth, scale, queries)
+        pack_rows(q, start + i0 * q_row, q_row, rows, depth, scale, visible[:0], queries)
         sums[:] = 0
         tops[0] = -math.inf
         tops[1] = 0
-        for j0 in range(0, i0 + rows if causal else time, keys):
-            count = min(keys, time - j0)
-            diagonal = i0 - j0 if causal else time
-            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, keys, rows, count, tile,
-                            diagonal)
+        reach = i0 + keys - time if causal else keys                   # query i sees the keys to i + reach
+        for j0 in range(0, min(keys, rows + reach), block):
+            count = min(block, keys - j0)
+            diagonal = reach - j0
+            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, block,
+                            rows, count, tile, diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
+                if visible.size:
+                    hide(scores[i], n, visible[j0:j0 + count], lowest)
                 weigh(scores[i], n, tops, i, sums[i])
                 if kept_scale != one:
                     drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
-            multiply_rows(scores, keys, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
+            multiply_rows(scores, block, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
         for i in range(rows):
             norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
-            to = (task // heads * time + i0 + i) * width + task % heads * depth
-            scale_row(sums[i], one / tops[1, i], out[to:to + depth])
+            to = out_start + (i0 + i) * width
+            if first > min(keys - 1, i + reach):
+                out[to:to + depth] = zero
+            else:
+                scale_row(sums[i], one / tops[1, i], out[to:to + depth])
+
+
+@helper
+def starts(task, time, layout):
+    """Where the queries, keys, values and outputs of a head of a sequence start."""
+    keys, heads, depth, q_row, kv_row, first_key = layout
+    sequence, column = task // heads, task % heads * depth
+    key_start = sequence * keys * kv_row + first_key + column
+    return (sequence * time * q_row + column, key_start, key_start + heads * depth,
+            sequence * time * heads * depth + column)
+
+
+@helper
+def first_visible(visible):
+    first = 0
+    while first < visible.size and not visible[first]:
+        first += 1
+    return first
 
 
 @helper
@@ -180,66 +295,74 @@ def scale_row(x, scale, to):
 
 
 @kernel
-def _attention_backward(dout, qkv, out, norms, dqkv, heads, depth, causal, dropout, blocks, scratch, tasks):
+def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, scratch,
+                        tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        head_backward(dout, qkv, out, norms[task], dqkv, task, heads, depth, causal, dropout, blocks,
+        head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
                       scratch, numba.get_thread_id())
 
 
 @helper
-def head_backward(dout, qkv, out, norms, dqkv, task, heads, depth, causal, dropout, blocks, scratch, thread):
+def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, dropout, blocks, scratch,
+                  thread):
     """One head of one sequence."""
     limit, kept_scale, start_of_rows = dropout
-    tile, padded, keys = blocks
+    tile, padded, block = blocks
     queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
     deltas = scratch[3][thread]
     key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
     dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a key block
     weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
-    key_rows = weights.shape[1]
-    time, width = norms.size, heads * depth
-    start = task // heads * time * 3 * width + task % heads * depth
-    start_out = task // heads * time * width + task % heads * depth
-    one = norms.dtype.type(1)
+    block_rows = weights.shape[1]
+    time = norms.size
+    keys, heads, depth, q_row, kv_row, _ = layout
+    start, key_start, value_start, out_start = starts(task, time, layout)
+    width = heads * depth
+    visible = mask[task // heads * keys:(task // heads + 1) * keys]
+    zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
-    pack_rows(qkv, start, 3 * width, time, depth, scale, queries)
-    pack_rows(dout, start_out, width, time, depth, one, douts)
+    pack_rows(q, start, q_row, time, depth, scale, visible[:0], queries)
+    pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
     dqueries[:] = 0
     for i in range(time):
-        deltas[i] = inner(douts[i], out[start_out + i * width:start_out + i * width + depth])
-    for j0 in range(0, time, keys):
-        count = min(keys, time - j0)
-        at = start + j0 * 3 * width
+        deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
+    for j0 in range(0, keys, block):
+        count = min(block, keys - j0)
+        key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
         for j in range(0, count, tile):
-            for panels, third in ((key_panels, 1), (value_panels, 2)):
-                pack_transposed(qkv, at + third * width + j * 3 * width, 3 * width, min(tile, count - j),
-                                depth, panels, j * depth, tile)
-        pack_rows(qkv, at + width, 3 * width, count, depth, one, key_block)
+            for panels, begin in ((key_panels, key_at), (value_panels, value_at)):
+                pack_transposed(kv, begin + j * kv_row, kv_row, min(tile, count - j), depth,
+                                panels, j * depth, tile)
+        pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
         dkeys[:] = 0
         dvalues[:] = 0
-        for i0 in range(j0 // QUERIES * QUERIES if causal else 0, time, QUERIES):
+        first_query = max(0, j0 - (keys - time)) if causal else 0
+        for i0 in range(first_query // QUERIES * QUERIES, time, QUERIES):
             rows = min(QUERIES, time - i0)
-            diagonal = i0 - j0 if causal else time
-            block = i0 * padded
-            multiply_panels(queries, block, padded, key_panels, 0, depth, weights, key_rows,
+            diagonal = (i0 + keys - time if causal else keys) - j0
+            at = i0 * padded
+            multiply_panels(queries, at, padded, key_panels, 0, depth, weights, block_rows,
                             rows, count, tile, diagonal)
-            multiply_panels(douts, block, padded, value_panels, 0, depth, dscores, key_rows,
+            multiply_panels(douts, at, padded, value_panels, 0, depth, dscores, block_rows,
                             rows, count, tile, diagonal)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
                     drop(dscores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
                 weigh_backward(weights[i], dscores[i], n, norms[i0 + i], deltas[i0 + i])
+                if visible.size:
+                    hide(weights[i], n, visible[j0:j0 + count], zero)
+                    hide(dscores[i], n, visible[j0:j0 + count], zero)
                 if kept_scale != one:
                     drop(weights[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
-            multiply_rows(dscores, key_rows, key_block, 0, dqueries, block, padded,
+            multiply_rows(dscores, block_rows, key_block, 0, dqueries, at, padded,
                           rows, count, tile, diagonal)
-            multiply_columns(weights, key_rows, douts, block, dvalues, padded, rows, count, tile, diagonal)
-            multiply_columns(dscores, key_rows, queries, block, dkeys, padded, rows, count, tile, diagonal)
-        unpack_rows(dkeys, count, depth, one, dqkv, at + width, 3 * width)
-        unpack_rows(dvalues, count, depth, one, dqkv, at + 2 * width, 3 * width)
-    unpack_rows(dqueries, time, depth, scale, dqkv, start, 3 * width)
+            multiply_columns(weights, block_rows, douts, at, dvalues, padded, rows, count, tile, diagonal)
+            multiply_columns(dscores, block_rows, queries, at, dkeys, padded, rows, count, tile, diagonal)
+        unpack_rows(dkeys, count, depth, one, dkv, key_at, kv_row)
+        unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)
+    unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
 
 
 @helper
@@ -303,12 +426,15 @@ def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal
 
 
 @mover
-def pack_rows(x, start, stride, count, depth, scale, to):
-    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth."""
+def pack_rows(x, start, stride, count, depth, scale, visible, to):
+    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth.
+
+    visible: which rows to take, the others are zero; empty for all.
+    """
     out_of_line()
     for i in range(len(to)):
         row = to[i]
-        if i < count:
+        if i < count and (visible.size == 0 or visible[i]):
             x_i = x[start + i * stride:start + i * stride + depth]
             for d in range(depth):
                 row[d] = x_i[d] * scale
@@ -325,6 +451,15 @@ def unpack_rows(x, count, depth, scale, to, start, stride):
         row, to_i = x[i], to[start + i * stride:start + i * stride + depth]
         for d in range(depth):
             to_i[d] = row[d] * scale
+
+
+@mover
+def hide(row, n, visible, value):
+    """value in the place of what is not visible, in the first n of a row."""
+    out_of_line()
+    for j in range(n):
+        if not visible[j]:
+            row[j] = value
 
 
 @mover

@@ -13,6 +13,7 @@ from minitensor import nn, optim
 from minitensor.derivatives import hessian, hvp, jacobian, jvp, vjp
 from minitensor.fused import (
     attention,
+    cross_attention,
     cross_entropy,
     dropout,
     embedding,
@@ -92,8 +93,8 @@ __all__ = [  # noqa: RUF022
     # to watch and to mend
     "trace", "Trace", "detect_nan",
     # fused: one kernel forward, one backward
-    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
-    "cross_entropy",
+    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "cross_attention", "dropout",
+    "embedding", "cross_entropy",
     # arithmetic
     "add", "subtract", "multiply", "divide", "power", "negative", "abs", "square", "sqrt", "reciprocal",
     # exponentials and their kin

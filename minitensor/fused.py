@@ -137,7 +137,8 @@ def layernorm(x, weight, bias=None, *, eps=1e-5):
 # ---- softmax -----------------------------------------------------------------------------------------------
 
 def _softmax_reference(x):
-    e = np.exp(x - np.max(x.numpy(), axis=-1, keepdims=True))    # the shift cancels, so it can be a constant
+    shift = np.max(x.numpy(), axis=-1, keepdims=True, initial=-np.inf)   # cancels, so it can be a constant
+    e = np.exp(x - shift)
     return e / np.sum(e, axis=-1, keepdims=True)
 
 
@@ -180,33 +181,55 @@ def _along(function, x, axis):
 
 # ---- attention ---------------------------------------------------------------------------------------------
 
-def _attention_reference(qkv, heads, *, causal, p, seed):
-    batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    q, k, v = (np.swapaxes(np.reshape(x, (batch, time, heads, width // heads)), 1, 2)
-               for x in np.split(qkv, 3, axis=2))                                  # (B, H, T, D)
-    scores = np.matmul(q, np.swapaxes(k, 2, 3)) * (1 / math.sqrt(width // heads))  # (B, H, T, T)
-    if causal:
-        scores = np.where(np.tri(time, dtype=bool), scores, -np.inf)
-    weights = _softmax_reference(scores)
+def _attention_reference(qkv, heads, *, causal, mask, p, seed):
+    return _attend(*np.split(qkv, 3, axis=2), heads, causal, mask, p, seed)
+
+
+def _cross_attention_reference(q, kv, heads, *, causal, mask, p, seed):
+    return _attend(q, *np.split(kv, 2, axis=2), heads, causal, mask, p, seed)
+
+
+def _attend(q, k, v, heads, causal, mask, p, seed):
+    (batch, time, width), keys = q.shape, k.shape[1]
+    visible = np.tri(time, keys, keys - time, dtype=bool) if causal else np.ones((time, keys), bool)
+    if mask is not None:
+        k, v = (np.where(mask[:, :, None], x, 0.0) for x in (k, v))     # so that not even a NaN is seen
+        visible = visible & mask[:, None, None, :]                      # (B, 1, T, S)
+    seeing = visible.any(axis=-1, keepdims=True)
+    q, k, v = (np.swapaxes(np.reshape(x, (*x.shape[:2], heads, width // heads)), 1, 2)
+               for x in (q, k, v))                                      # (B, H, T or S, D)
+    scores = np.matmul(q, np.swapaxes(k, 2, 3)) * (1 / math.sqrt(width // heads))      # (B, H, T, S)
+    weights = _softmax_reference(np.where(visible | ~seeing, scores, -np.inf))
     if p:
-        kept = kernels.dropout_mask(batch * heads * time, time, p, seed).reshape(weights.shape)
+        kept = kernels.dropout_mask(batch * heads * time, keys, p, seed).reshape(weights.shape)
         weights = np.where(kept, weights * (1 / (1 - p)), 0.0)
-    return np.reshape(np.swapaxes(np.matmul(weights, v), 1, 2), (batch, time, width))
+    y = np.where(seeing, np.matmul(weights, v), 0.0)                    # (B, H, T, D)
+    return np.reshape(np.swapaxes(y, 1, 2), (batch, time, width))
 
 
 @fused(reference=_attention_reference)
-def _attention(qkv, heads, *, causal, p, seed):
+def _attention(qkv, heads, *, causal, mask, p, seed):
     qkv = np.ascontiguousarray(qkv)
-    out, norms = kernels.attention_forward(qkv, heads, causal, p, seed)
+    out, norms = kernels.attention_forward(qkv, heads, causal, p, seed, mask)
     return out, lambda g: kernels.attention_backward(
-        np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed)
+        np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed, mask)
 
 
-def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
+@fused(reference=_cross_attention_reference)
+def _cross_attention(q, kv, heads, *, causal, mask, p, seed):
+    q, kv = np.ascontiguousarray(q), np.ascontiguousarray(kv)
+    out, norms = kernels.cross_attention_forward(q, kv, heads, causal, p, seed, mask)
+    return out, lambda g: kernels.cross_attention_backward(
+        np.ascontiguousarray(g), q, kv, out, norms, heads, causal, p, seed, mask)
+
+
+def attention(qkv, heads, *, causal=True, mask=None, p=0.0, seed=None):
     """softmax(q kᵀ / √D) v for each head, on packed queries, keys and values: qkv (B, T, 3C) -> (B, T, C).
 
     heads divides C, and head h has columns h D to (h + 1) D of each third. causal: a token sees itself and
-    earlier ones. p: dropout of the attention weights; seed: of its mask, by default `minitensor.seed`'s next.
+    earlier ones. mask (B, T) of bool: where it is False (padding, say) no query sees the key; a query that
+    sees no key at all gets zeros, as in PyTorch. p: dropout of the attention weights; seed: of its mask, by
+    default `minitensor.seed`'s next.
 
     >>> q = k = np.zeros((1, 2, 1))                         # all scores alike: each token takes the mean
     >>> v = np.array([[[1.0], [3.0]]])                      # of the values that it sees
@@ -217,7 +240,44 @@ def attention(qkv, heads, *, causal=True, p=0.0, seed=None):
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(f"attention: qkv is {qkv.shape}; "
                          f"it must be (B, T, 3C) with {heads} heads dividing C")
-    return _attention(qkv, heads, causal=causal, p=p, seed=next_seed() if seed is None and p else seed or 0)
+    mask = _checked_mask("attention", mask, qkv.shape[:2])
+    return _attention(qkv, heads, causal=causal, mask=mask, p=p, seed=_dropout_seed(p, seed))
+
+
+def cross_attention(q, kv, heads, *, causal=False, mask=None, p=0.0, seed=None):
+    """As `attention`, with queries from one sequence, and packed keys and values from another.
+
+    q (B, T, C), kv (B, S, 2C) -> (B, T, C); mask (B, S). causal: the queries are those of the last T of S
+    tokens, so that query i sees the keys up to i + S - T, as when one goes on with a text whose earlier keys
+    and values were kept. (PyTorch's is_causal lets it see those up to i, which is the same where T = S.)
+    """
+    if q.ndim != 3 or heads < 1 or q.shape[2] % heads:
+        raise ValueError(f"cross_attention: q is {q.shape}; "
+                         f"it must be (B, T, C) with {heads} heads dividing C")
+    if kv.ndim != 3 or kv.shape[0] != q.shape[0] or kv.shape[2] != 2 * q.shape[2]:
+        raise ValueError(f"cross_attention: kv is {kv.shape}, q is {q.shape}; kv must be (B, S, 2C), "
+                         f"here ({q.shape[0]}, S, {2 * q.shape[2]})")
+    if causal and q.shape[1] > kv.shape[1]:
+        raise ValueError(f"cross_attention: q holds {q.shape[1]} queries, kv {kv.shape[1]} keys; where "
+                         "causal, the queries are the last tokens', so that T must be at most S")
+    mask = _checked_mask("cross_attention", mask, kv.shape[:2])
+    return _cross_attention(q, kv, heads, causal=causal, mask=mask, p=p, seed=_dropout_seed(p, seed))
+
+
+def _checked_mask(op_name: str, mask: Any, shape: tuple[int, int]) -> np.ndarray | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+        given = f"an array of {mask.dtype}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
+        raise TypeError(f"{op_name}: mask is {given}; "
+                        "it must be an array of bool, True where a key is seen")
+    if mask.shape != shape:
+        raise ValueError(f"{op_name}: mask is {mask.shape}; it must be {shape}, a place for each key")
+    return mask
+
+
+def _dropout_seed(p: float, seed: int | None) -> int:
+    return next_seed() if seed is None and p else seed or 0
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------

@@ -47,6 +47,17 @@ def attention(dtype):
     return tuple(results)
 
 
+def cross_attention(dtype):
+    S = T + 42
+    q, dout = normal(2, T, H * D, dtype=dtype), normal(2, T, H * D, dtype=dtype, seed=1)
+    kv = normal(2, S, 2 * H * D, dtype=dtype)
+    results = []
+    for causal, p, mask in ((True, 0.0, None), (False, 0.3, normal(2, S, dtype=dtype) > 0)):
+        out, norms = K.cross_attention_forward(q, kv, H, causal, p, 7, mask)
+        results += [out, norms, *K.cross_attention_backward(dout, q, kv, out, norms, H, causal, p, 7, mask)]
+    return tuple(results)
+
+
 def softmax(dtype):
     x, dy = normal(N, C, dtype=dtype), normal(N, C, dtype=dtype, seed=1)
     y, z = K.softmax_forward(x), K.log_softmax_forward(x)
@@ -80,7 +91,8 @@ def adamw(dtype):
     return total, p, m, v
 
 
-CASES = [embedding, layernorm, matmul, linear, attention, softmax, gelu, dropout, cross_entropy, adamw]
+CASES = [embedding, layernorm, matmul, linear, attention, cross_attention, softmax, gelu, dropout,
+         cross_entropy, adamw]
 
 
 def hashes(dtype):

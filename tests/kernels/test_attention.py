@@ -34,41 +34,60 @@ def join(*parts):
     return np.stack(parts).transpose(1, 3, 0, 2, 4).reshape(batch, time, len(parts) * heads * depth)
 
 
-def weights(qkv, heads, causal, p, seed):
+def cut(qkv):
+    """Queries, and keys with values, of a packed array."""
+    width = qkv.shape[-1] // 3
+    return np.ascontiguousarray(qkv[..., :width]), np.ascontiguousarray(qkv[..., width:])
+
+
+def weights(q, kv, heads, causal, p, seed, mask):
     """Softmax of the scores, their norms, what dropout multiplies by, how large the terms of a score are."""
-    q, k, _ = split(qkv, 3, heads)
+    q, k = split(q, 1, heads)[0], split(kv, 2, heads)[0]
     batch, _, time, depth = q.shape
-    visible = np.tri(time, dtype=bool) if causal else np.ones((time, time), bool)
+    keys = k.shape[2]
+    visible = np.tri(time, keys, keys - time, dtype=bool) if causal else np.ones((time, keys), bool)
+    visible = visible & (mask if mask is not None else np.ones((batch, keys), bool))[:, None, None]
     s = np.where(visible, q @ k.swapaxes(-1, -2) / math.sqrt(depth), -np.inf)
-    e = np.exp(s - s.max(axis=-1, keepdims=True))
-    kept = kernels.dropout_mask(batch * heads * time, time, p, seed).reshape(s.shape) / (1 - p)
+    seeing = visible.any(axis=-1, keepdims=True)
+    e = np.exp(s - np.where(seeing, s.max(axis=-1, keepdims=True), 0))
+    kept = kernels.dropout_mask(batch * heads * time, keys, p, seed).reshape(s.shape) / (1 - p)
     terms = np.where(visible, np.abs(q) @ np.abs(k).swapaxes(-1, -2) / math.sqrt(depth), 0).max(axis=-1)
-    return e / e.sum(axis=-1, keepdims=True), np.logaddexp.reduce(s, axis=-1), kept, terms
+    return (e / np.where(seeing, e.sum(axis=-1, keepdims=True), 1), np.logaddexp.reduce(s, axis=-1), kept,
+            terms)
 
 
-def forward(qkv, heads, causal, p=0.0, seed=0):
+def cross_forward(q, kv, heads, causal, p=0.0, seed=0, mask=None):
     """(out, norms), and how large what is rounded on the way to them is."""
-    w, norms, kept, terms = weights(qkv, heads, causal, p, seed)
-    v = split(qkv, 3, heads)[2]
+    w, norms, kept, terms = weights(q, kv, heads, causal, p, seed, mask)
+    v = split(kv, 2, heads)[1]
     out_size = (w * kept) @ np.abs(v) * (1 + terms[..., None])
     return (join((w * kept) @ v), norms), (join(out_size), 1 + np.abs(norms) + terms)
 
 
-def backward(dout, qkv, heads, causal, p=0.0, seed=0):
-    """dqkv, and how large what is rounded on the way is."""
-    w, _, kept, terms = weights(qkv, heads, causal, p, seed)
-    q, k, v = split(qkv, 3, heads)
-    do, = split(dout, 1, heads)
+def cross_backward(dout, q, kv, heads, causal, p=0.0, seed=0, mask=None):
+    """dq and dkv, and how large what is rounded on the way is."""
+    w, _, kept, terms = weights(q, kv, heads, causal, p, seed, mask)
+    (q,), (k, v), (do,) = split(q, 1, heads), split(kv, 2, heads), split(dout, 1, heads)
     scale = 1 / math.sqrt(q.shape[-1])
 
     def gradients(q, k, v, do, difference):
         dp = kept * (do @ v.swapaxes(-1, -2))
         ds = w * difference(dp, (w * dp).sum(axis=-1, keepdims=True)) * scale
-        return ds @ k, ds.swapaxes(-1, -2) @ q, (w * kept).swapaxes(-1, -2) @ do
+        return join(ds @ k), join(ds.swapaxes(-1, -2) @ q, (w * kept).swapaxes(-1, -2) @ do)
 
     lost = 1 + terms.max()
-    size = join(*gradients(abs(q), abs(k), abs(v), abs(do), lambda dp, d: lost * (dp + d)))
-    return join(*gradients(q, k, v, do, np.subtract)), size + 0.01 * lost * abs(dout).max()
+    sizes = gradients(abs(q), abs(k), abs(v), abs(do), lambda dp, d: lost * (dp + d))
+    return gradients(q, k, v, do, np.subtract), tuple(x + 0.01 * lost * abs(dout).max() for x in sizes)
+
+
+def forward(qkv, heads, causal, p=0.0, seed=0):
+    """As `cross_forward`, of a packed array."""
+    return cross_forward(*cut(qkv), heads, causal, p, seed)
+
+
+def backward(dout, qkv, heads, causal, p=0.0, seed=0):
+    """As `cross_backward`, of a packed array."""
+    return [np.concatenate(x, axis=-1) for x in cross_backward(dout, *cut(qkv), heads, causal, p, seed)]
 
 
 def check(close, batch, time, heads, depth, dtype, causal, p=0.0, seed=5):

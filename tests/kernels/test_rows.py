@@ -558,6 +558,8 @@ def test_the_table_has_every_kernel(monkeypatch):
 
 X, ROW, COLUMN, IDS = np.ones((4, 3)), np.ones(3), np.ones(4), np.zeros(4, np.int64)
 ATTENTION = {"qkv": np.ones((2, 4, 3)), "out": np.ones((2, 4, 1)), "norms": np.ones((2, 1, 4))}
+CROSS = {"q": np.ones((2, 3, 2)), "kv": np.ones((2, 5, 4)), "out": np.ones((2, 3, 2)),
+         "norms": np.ones((2, 1, 3))}
 # A kernel with right arguments by name, and for each of them shapes that are wrong beside the others.
 ARGUMENTS = [
     (K.softmax_forward, {"x": X}, {"x": [(3,), (2, 3, 4)]}),
@@ -586,6 +588,11 @@ ARGUMENTS = [
     (lambda *arrays: K.attention_backward(*arrays, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
      {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)],
       "norms": [(2, 4, 1), (2, 4)]}),
+    (lambda q, kv: K.cross_attention_forward(q, kv, 1), {"q": CROSS["q"], "kv": CROSS["kv"]},
+     {"q": [(2, 4), (4, 3)], "kv": [(2, 5, 3), (3, 5, 4), (5, 4)]}),
+    (lambda *arrays: K.cross_attention_backward(*arrays, 1), {"dout": np.ones((2, 3, 2)), **CROSS},
+     {"dout": [(2, 5, 2), (3, 2)], "q": [(3, 2)], "kv": [(2, 5, 2)], "out": [(2, 5, 2)],
+      "norms": [(2, 1, 5)]}),
 ]
 WRONG = [pytest.param(*case, name, id=f"{i}-{name}") for i, case in enumerate(ARGUMENTS) for name in case[1]]
 

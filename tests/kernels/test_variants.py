@@ -7,7 +7,8 @@ import pytest
 
 from kernels import cpu
 
-FILES = [f"tests/kernels/test_{name}.py" for name in ("matmul", "attention", "rows")]
+FILES = [f"tests/kernels/test_{name}.py" for name in ("matmul", "attention", "cross_attention",
+                                                         "rows")]
 NARROWER = [name for name, target in cpu.targets().items() if target.vector_bytes < cpu.TARGET.vector_bytes]
 
 

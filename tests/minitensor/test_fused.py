@@ -15,6 +15,7 @@ import minitensor
 from kernels import dropout_mask, flat_mask, get_num_threads, set_num_threads
 from minitensor import (
     attention,
+    cross_attention,
     cross_entropy,
     dropout,
     embedding,
@@ -68,6 +69,24 @@ def attention_shapes(draw, size):
     return [(batch, time, 3 * heads * width)], {"heads": heads}
 
 
+def cross_attention_shapes(draw, size, causal=False):
+    heads, width = min(3, size()), size()
+    batch, time, keys = min(2, size(0)), 2 + size(0), 3 + size(0)     # of one key, dq is rounding alone
+    time = min(time, keys) if causal else time
+    return [(batch, time, heads * width), (batch, keys, 2 * heads * width)], {"heads": heads}
+
+
+def masked(shapes):
+    """The same shapes, with a mask of keys among the options; where causal, some queries see no key."""
+    def with_mask(draw, size):
+        drawn, options = shapes(draw, size)
+        random = np.random.default_rng(draw(st.integers(0, 1000)))
+        mask = random.random(drawn[-1][:2]) < 0.4
+        mask[:, -2:] = True
+        return drawn, {**options, "mask": mask}
+    return with_mask
+
+
 def dropped(shapes):
     """The same shapes, with a probability and a seed among the options."""
     def with_dropout(draw, size):
@@ -97,17 +116,22 @@ def torch_tensor(array):
     return torch.tensor(np.asarray(array, bool if array.dtype == bool else np.result_type(array, np.int64)))
 
 
-def torch_attention(F, qkv, heads, causal=True, p=0.0, seed=0):
-    batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.split(width, dim=2))
+def torch_attention(F, qkv, heads, **options):
+    width = qkv.shape[2] // 3
+    return torch_cross_attention(F, qkv[..., :width], qkv[..., width:], heads, **{"causal": True, **options})
+
+
+def torch_cross_attention(F, q, kv, heads, causal=False, mask=None, p=0.0, seed=0):
+    (batch, time, width), keys = q.shape, kv.shape[1]
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, *kv.split(width, dim=2)))
+    visible = np.tri(time, keys, keys - time, dtype=bool) if causal else np.ones((time, keys), bool)
+    visible = torch_tensor(visible if mask is None else visible & mask[:, None, None])
     if not p:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     else:
-        scores = q @ k.transpose(2, 3) / math.sqrt(width // heads)
-        if causal:
-            scores = scores.masked_fill(torch_tensor(~np.tri(time, dtype=bool)), -math.inf)
-        mask = dropout_mask(batch * heads * time, time, p, seed).reshape(scores.shape)
-        y = F.softmax(scores, 3) * torch_tensor(mask) / (1 - p) @ v
+        scores = (q @ k.transpose(2, 3) / math.sqrt(width // heads)).masked_fill(~visible, -math.inf)
+        kept = dropout_mask(batch * heads * time, keys, p, seed).reshape(scores.shape)
+        y = F.softmax(scores, 3) * torch_tensor(kept) / (1 - p) @ v
     return y.transpose(1, 2).flatten(2)
 
 
@@ -168,6 +192,15 @@ CASES = [
     Case("attention causal dropout", attention, torch_attention, dropped(attention_shapes)),
     Case("attention dropout", functools.partial(attention, causal=False),
          functools.partial(torch_attention, causal=False), dropped(attention_shapes)),
+    Case("attention causal mask", attention, torch_attention, masked(attention_shapes)),
+    Case("attention mask", functools.partial(attention, causal=False),
+         functools.partial(torch_attention, causal=False), masked(attention_shapes)),
+    Case("cross_attention", cross_attention, torch_cross_attention, cross_attention_shapes),
+    Case("cross_attention mask", cross_attention, torch_cross_attention, masked(cross_attention_shapes)),
+    Case("cross_attention dropout", cross_attention, torch_cross_attention, dropped(cross_attention_shapes)),
+    Case("cross_attention causal", functools.partial(cross_attention, causal=True),
+         functools.partial(torch_cross_attention, causal=True),
+         functools.partial(cross_attention_shapes, causal=True)),
     Case("dropout", dropout, torch_dropout, dropped(anything)),
     Case("embedding", lambda weight, ids: embedding(ids, weight),
          lambda F, weight, ids: F.embedding(torch_tensor(ids), weight), embedding_shapes),
@@ -366,6 +399,36 @@ def test_attention_of_nothing_and_of_one_token(shape):
         np.testing.assert_array_equal(dqkv.numpy()[..., :2 * width], 0)
 
 
+@pytest.mark.parametrize("time", [0, 3])
+def test_cross_attention_to_no_keys_is_zeros(time):
+    arrays = [np.ones((2, time, 4)), np.ones((2, 0, 8))]
+    for context in (contextlib.nullcontext(), unfused()):
+        with context:
+            y, (dq, dkv), _ = gradients(lambda q, kv: cross_attention(q, kv, 2), arrays)
+        assert y.shape == dq.shape == (2, time, 4) and dkv.shape == (2, 0, 8)
+        assert not y.numpy().any() and not dq.numpy().any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_keys_that_a_mask_hides_never_matter_nor_learn(dtype):
+    """Not even NaNs, in the kernel nor in the reference; a sequence of padding alone gives zeros."""
+    random = np.random.default_rng(0)
+    q, kv = random.standard_normal((2, 5, 6)).astype(dtype), random.standard_normal((2, 7, 12)).astype(dtype)
+    mask = np.array([[True, False, True, True, False, False, True], [False] * 7])
+    for context in (contextlib.nullcontext, unfused):
+        results = []
+        for hidden in (0, np.nan, np.inf):
+            with context():
+                y, dxs, _ = gradients(lambda q, kv: cross_attention(q, kv, 3, mask=mask),
+                                      [q, np.where(mask[..., None], kv, dtype(hidden))])
+            results.append([x.numpy() for x in (y, *dxs)])
+        for result in results:
+            for x, first in zip(result, results[0], strict=True):
+                np.testing.assert_array_equal(x, first)
+        y, dq, dkv = results[0]
+        assert y[0].all() and not y[1].any() and not dq[1].any() and not dkv[~mask].any()
+
+
 def test_cross_entropy_of_no_target_at_all():
     for logits, targets in ((np.ones((3, 4)), np.full(3, -100)), (np.ones((0, 4)), np.ones(0, int))):
         x = Tensor(logits, requires_grad=True)
@@ -416,7 +479,8 @@ def test_layernorm_of_equal_numbers_is_the_bias(width):
 @pytest.mark.parametrize("f", [
     lambda x: dropout(x, 0.5),
     lambda x: attention(x, 2, p=0.5),
-], ids=["dropout", "attention"])
+    lambda x: cross_attention(x, np.concatenate([x, x], axis=2), 2, p=0.5),
+], ids=["dropout", "attention", "cross_attention"])
 def test_the_seed_sets_all_masks_to_come(f):
     x = np.random.default_rng(0).standard_normal((2, 8, 12))
     minitensor.seed(3)
@@ -466,6 +530,21 @@ def test_dropout_keeps_the_mean():
     (ValueError, "with 3 heads dividing C", lambda x: attention(x[None], 3)),
     (ValueError, "with 0 heads dividing C", lambda x: attention(x[None], 0)),
     (ValueError, r"p is 1.0; .* must be in \[0, 1\)", lambda x: attention(x[None], 2, p=1.0)),
+    (TypeError, "attention: mask is an array of float64; it must be an array of bool",
+     lambda x: attention(x[None], 2, mask=np.ones((1, 2)))),
+    (TypeError, "attention: mask is a Tensor; it must be an array of bool",
+     lambda x: attention(x[None], 2, mask=x)),
+    (ValueError, r"attention: mask is \(2, 1\); it must be \(1, 2\)",
+     lambda x: attention(x[None], 2, mask=np.ones((2, 1), bool))),
+    (ValueError, r"cross_attention: q is \(2, 6\); it must be \(B, T, C\) with 2 heads dividing C",
+     lambda x: cross_attention(x, x[None], 2)),
+    (ValueError, "with 4 heads dividing C", lambda x: cross_attention(x[None], x[None], 4)),
+    (ValueError, r"cross_attention: kv is \(1, 2, 6\), q is \(1, 2, 6\); .* here \(1, S, 12\)",
+     lambda x: cross_attention(x[None], x[None], 2)),
+    (ValueError, r"cross_attention: q holds 2 queries, kv 1 keys; where causal",
+     lambda x: cross_attention(x[None], np.ones((1, 1, 12)), 2, causal=True)),
+    (TypeError, "cross_attention: float32 and float64 are mixed",
+     lambda x: cross_attention(x[None], np.ones((1, 1, 12), np.float32), 2)),
     (ValueError, r"p is -0.1; .* must be in \[0, 1\)", lambda x: dropout(x, -0.1)),
     (ValueError, r"p is 1; .* must be in \[0, 1\)", lambda x: dropout(x, 1)),
     (IndexError, "embedding: ids holds 2; it must be in 0 to 1", lambda x: embedding([0, 2], x)),
