@@ -31,6 +31,9 @@ class Config:
     decay: float = _option(0.1, "AdamW: weight decay of matrices")
     clip: float = _option(1.0, "norm to which gradients are clipped")
     eval_every: int = _option(500, "steps between two evaluations on the whole validation split")
+    minutes: float = _option(0.0, "time to train for, over which the schedule is stretched; 0: by steps")
+    patience: int = _option(0, "evaluations without a new best after which to stop; 0: never")
+    micro_batch: int = _option(0, "windows in a pass; gradients of a batch add up; 0: all at once")
     seed: int = _option(0, "of weights, batches and dropout")
 
     def __post_init__(self) -> None:
@@ -44,6 +47,9 @@ class Config:
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
         for name in ("dropout", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("minutes", 0 <= self.minutes <= 2**24, "0 or a positive number, at most 2**24")
+        for name in ("patience", "micro_batch"):
+            self._require(name, 0 <= getattr(self, name) < 2**53, "at least 0, and below 2**53")
         self._require("warmup", 0 <= self.warmup < 2**53, "at least 0, and below 2**53")
         self._require("seed", 0 <= self.seed < 2**63, "in 0 to 2**63 - 1")
         self._require("heads", self.width % self.heads == 0, f"a divisor of the width, {self.width}")

@@ -143,6 +143,25 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(target.parent, os.O_RDONLY)
 
 
+def sweep(folder: str | PathLike[str]) -> None:
+    """Remove what `replacing` left in folder when its process was killed; that of a living one stays."""
+    for temporary in Path(folder).glob(".*-*.tmp"):
+        process, _, rest = temporary.name[1:].partition("-")
+        if process.isdecimal() and len(rest) == len("0123456789abcdef.tmp") and not _alive(int(process)):
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                                              # somebody else's
+        return True
+    return True
+
+
 def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:

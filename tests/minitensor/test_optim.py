@@ -220,3 +220,55 @@ def test_what_cannot_be_trained_is_an_error():
     for betas in ((2, 3), 0.9, (0.9,)):
         with pytest.raises(ValueError, match=r"AdamW: betas is .*; it must be two numbers"):
             AdamW([p], betas=betas)
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, 0.1, max_norm=1.0), lambda p: SGD(p, 0.1, momentum=0.9),
+                                  lambda p: SGD(p, 0.1)], ids=["AdamW", "momentum", "SGD"])
+def test_a_state_that_is_loaded_goes_on_in_every_bit(make):
+    def steps(optimizer, ours, first, last):
+        for step in range(first, last):
+            for i, (p, g) in enumerate(zip(ours, arrays(1 + step, np.float32), strict=True)):
+                p.grad = None if i == 1 and step < 2 else Tensor(g)          # one that starts late
+            optimizer.step()
+    whole, halves = parameters(np.float32), parameters(np.float32)
+    steps(make(whole), whole, 0, 6)
+    before = make(halves)
+    steps(before, halves, 0, 3)
+    after, state = make(halves), {name: array.copy() for name, array in before.state_dict().items()}
+    after.load_state_dict(before.state_dict())
+    steps(after, halves, 3, 6)
+    for p, q in zip(whole, halves, strict=True):
+        assert p.data.tobytes() == q.data.tobytes()
+    for name, array in state.items():
+        assert np.array_equal(array, before.state_dict()[name]), "what is loaded is copied"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda s: s.pop("first.2"), "missing 'first.2'"),
+    (lambda s: s.update({"third.0": np.zeros(1)}), "unexpected 'third.0'"),
+    (lambda s: s.update({"second.1": np.zeros(4)}), r"'second.1' is float64 \(4,\), it must be float64 \("),
+    (lambda s: s.update({"steps": np.zeros(5)}), r"'steps' is float64 \(5,\), it must be int64 \(5,\)"),
+    (lambda s: s.update({"steps": np.full(5, -1)}), "'steps' has a negative number"),
+])
+def test_a_state_that_does_not_fit_changes_nothing(change, said):
+    optimizer = AdamW(parameters(), 0.1)
+    state = {name: array + 1 for name, array in optimizer.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=f"load_state_dict: AdamW does not fit: {said}"):
+        optimizer.load_state_dict(state)
+    assert not any(array.any() for array in optimizer.state_dict().values())
+    with pytest.raises(ValueError, match=r"SGD does not fit: unexpected 'first.0'"):
+        SGD(parameters(), 0.1).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(bad):
+    ours = parameters()
+    optimizer = AdamW(ours, 0.1, max_norm=1.0)
+    for p in ours:
+        p.grad = Tensor(np.ones_like(p.data))
+    ours[0].grad.data[0, 0] = bad
+    assert not np.isfinite(optimizer.step())
+    for p, before in zip(ours, parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, before.data)
+    assert not any(array.any() for array in optimizer.state_dict().values())

@@ -1,0 +1,70 @@
+"""The learning rate, and when to stop: by steps, by the clock (--minutes), or for want of progress."""
+from __future__ import annotations
+
+import math
+
+from gpt.config import Config
+from gpt.run import Progress
+from minitensor.optim import warmup_cosine
+
+FORWARD = 3                                 # a step is about so many forward passes: backward is two of them
+
+
+class Schedule:
+    """Warm-up and cosine over config.steps steps, or stretched over config.minutes in their place.
+
+    Under --minutes the place in the schedule is the share of the time that has gone, between the first step
+    (which may compile kernels) and what the last evaluation will take; --warmup stays the same share of all.
+    """
+
+    def __init__(self, config: Config, progress: Progress, evaluated: int):
+        self.config, self.progress = config, progress
+        self.passes = evaluated / (FORWARD * config.batch * config.context)     # an evaluation, in steps
+
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        config = self.config
+        return warmup_cosine(self._position(), config.steps, config.warmup, config.lr, config.min_lr)
+
+    def over(self) -> bool:
+        """Is training done?"""
+        return self.progress.done or self._position() >= self.config.steps or self._out_of_patience()
+
+    def remaining(self) -> float:
+        """An estimate of the seconds still to go."""
+        progress = self.progress
+        if self.over():
+            return 0.0
+        if self.config.minutes:
+            return 60 * self.config.minutes - progress.seconds
+        if not progress.step:
+            return math.nan
+        evaluations = self.config.steps // self.config.eval_every - len(progress.evaluations)
+        return (self.config.steps - progress.step) * self._step_seconds() \
+            + max(1, evaluations) * self._evaluation_seconds()
+
+    def _position(self) -> float:
+        progress = self.progress
+        if not self.config.minutes or not progress.step:
+            return progress.step
+        whole = 60 * self.config.minutes - self._evaluation_seconds() - progress.first_seconds
+        gone = progress.seconds - progress.first_seconds
+        return self.config.steps * (min(1.0, gone / whole) if whole > 0 else 1.0)
+
+    def _out_of_patience(self) -> bool:
+        best = self.progress.best()
+        evaluations = self.progress.evaluations
+        return bool(self.config.patience) and best is not None \
+            and len(evaluations) - 1 - evaluations.index(best) >= self.config.patience
+
+    def _step_seconds(self) -> float:
+        """The mean of the steps since the last evaluation, or of all."""
+        progress = self.progress
+        if progress.lap_steps > 1:
+            return progress.lap_seconds / progress.lap_steps
+        if progress.evaluations and progress.evaluations[-1].tokens_per_s:
+            return self.config.batch * self.config.context / progress.evaluations[-1].tokens_per_s
+        return progress.seconds / progress.step
+
+    def _evaluation_seconds(self) -> float:
+        return self.progress.evaluation_seconds or self.passes * self._step_seconds()
