@@ -108,7 +108,7 @@ class Results:
         """If the checkpoint just written is the best, give it a second name, under which it stays."""
         best, last = self.run.progress.best(), Path(os.path.realpath(self.folder / LAST))
         path = self.folder / BEST
-        if best is None or best.step != self.run.progress.step or path.exists() and path.samefile(last):
+        if best is None or best.step != self.run.progress.step or (path.exists() and path.samefile(last)):
             return                                               # one file cannot be renamed to itself
         with writing(path), replacing(path) as temporary:
             temporary.unlink()
