@@ -87,10 +87,10 @@ class Results:
             self.run.progress.samples.append((evaluation.step, text))
         self.keep()
 
-    def sample(self, characters: int, after_token: Callable[[], None]) -> str:
+    def sample(self, characters: int, check: Callable[[], None]) -> str:
         """What the model writes by itself."""
         ids = generate(self.run.model, first_ids(self.run.tokenizer), characters, seed=self.run.config.seed,
-                       after_token=after_token)
+                       after_token=lambda token: check())
         return self.run.tokenizer.decode(ids[1:])
 
     def keep(self) -> None:

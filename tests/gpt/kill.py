@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[2])
-from gpt.checkpoint import load, load_run  # noqa: E402
-from gpt.verse import verse  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from gpt.checkpoint import load, load_run
+from gpt.verse import verse
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps",

@@ -166,14 +166,19 @@ def test_sample_py(text, tmp_path):
     run = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8",
                   "--top-k", "3")
     assert run.returncode == 0 and run.stdout.startswith(prompt) and len(run.stdout) == 5 + 30 + 1
+    streamed = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8",
+                       "--top-k", "3", "--stream")
+    assert streamed.stdout == run.stdout
     (tmp_path / "broken").write_bytes(Path(checkpoint).read_bytes()[:-7])
     for arguments, said in [([checkpoint, "--prompt", "☃"], "'☃'"), ([checkpoint, "--count", "-1"], "-1"),
                             ([checkpoint, "--prompt", ""], "--prompt is empty"),
-                            ([checkpoint, "--top-k", "0"], "--top-k is 0"), ([str(text)], "verse.txt"),
+                            ([checkpoint, "--top-k", "0", "--stream"], "--top-k is 0"),
+                            ([checkpoint, "--top-p", "2"], "--top-p is 2"), ([str(text)], "verse.txt"),
                             ([checkpoint, "--temperature", "-1"], "--temperature is -1"),
                             ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken")]:
         run = example("sample.py", *arguments)
         assert run.returncode == 2 and run.stderr.count("\n") == 1, (arguments, run.stderr)
+        assert not run.stdout
         assert said in run.stderr, arguments
 
 
