@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+from gpt.baselines import baselines
 from gpt.checkpoint import save_run
 from gpt.cli import writing
 from gpt.corpus import Corpus
@@ -36,6 +37,10 @@ class Results:
         from tqdm import tqdm
         self.folder, self.run, self.corpus = folder, run, corpus
         self.characters, self.check_interruption = characters, check_interruption
+        self.tables = baselines(corpus.train, corpus.validation, len(run.tokenizer))
+        print("tables   " + ", ".join(f"{name} {nats:.4f} nats, {nats / math.log(2):.4f} bits"
+                                      for name, nats in self.tables.items())
+              + " a character on the validation split", flush=True)
         self.began, self.written = run.progress.step, 0
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=run.config.steps, initial=self.began, dynamic_ncols=True,
