@@ -19,5 +19,5 @@ A run's folder holds, beside its report, curves and sample,
     Losses are in nats a token, and a token is a character. All but the last two are the same bits in a run
     that was stopped and resumed.
 
-The trainer's exit codes: 0 done, or stopped where --stop-after says; 2 bad input; 3 diverged; 130 interrupted.
+Exit codes: 0 done, or stopped where --stop-after says; 2 bad input; 3 diverged; 130 interrupted.
 """

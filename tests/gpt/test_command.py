@@ -83,13 +83,15 @@ def test_quiet_is_quiet(text, tmp_path, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo-terminal")
 def test_a_progress_bar_is_for_terminals_alone(text, tmp_path):
     import pty
+    import termios
     command_line = [sys.executable, "examples/train_shakespeare.py", *TINY, "--data", str(text), "--out",
                     str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     piped = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, check=True)
     assert piped.stderr == b"" and b"\r" not in piped.stdout and b"%" not in piped.stdout
     ours, theirs = pty.openpty()
-    subprocess.run(command_line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    termios.tcsetwinsize(theirs, (24, 100))
+    subprocess.run(command_line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 2**16).decode()
     os.close(ours)
