@@ -29,11 +29,12 @@ class Decoder:
         shape = (config.layers, config.heads, config.context, config.width // config.heads)
         self.keys, self.values = (np.empty(shape, model.head.weight.dtype) for _ in range(2))  # (L, H, T, D)
         self.seen = 0
+        self.weights: list[np.ndarray] = []          # of attention in the last call, (H, N, T) for each layer
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """The logits (V,) for the token after ids (N,), which follow what was seen; N is at least 1."""
         first, self.seen = self.seen, self.seen + len(ids)
-        model = self.model
+        model, self.weights = self.model, []
         x = model.tokens.weight.data[ids] + model.positions.data[first:self.seen]           # (N, C)
         for block, keys, values in zip(model.blocks, self.keys, self.values, strict=True):
             x = self._block(x, block, keys, values, first)
@@ -56,7 +57,9 @@ class Decoder:
         if len(x) > 1:
             scores[:, np.tri(len(x), end, first, dtype=bool) == 0] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        y = np.matmul(weights, values[:, :end]) / weights.sum(axis=-1, keepdims=True)              # (H, N, D)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        self.weights.append(weights)
+        y = np.matmul(weights, values[:, :end])                                                    # (H, N, D)
         return linear(y.swapaxes(0, 1).reshape(len(x), heads * depth), attention.projection)
 
 

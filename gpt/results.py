@@ -17,10 +17,12 @@ from gpt.cli import writing
 from gpt.corpus import Corpus
 from gpt.data import replacing
 from gpt.generate import first_ids, generate
+from gpt.report import report
 from gpt.run import Evaluation, Run
 
 LAST, BEST = "checkpoint.safetensors", "best.safetensors"
-FILES = (LAST, BEST, "metrics.jsonl", "loss.png", "sample.txt")
+REPORT = "report.html"
+FILES = (LAST, BEST, "metrics.jsonl", REPORT, "loss.png", "sample.txt")
 SAVE_EVERY = 300.0                           # seconds, where evaluations are rarer
 GLIMPSE = 200                                # characters of the sample at an evaluation
 
@@ -99,10 +101,13 @@ class Results:
         return self.run.tokenizer.decode(ids[1:])
 
     def keep(self) -> None:
-        """Write the checkpoint, keep it as the best if it is, and write what is new in the metrics."""
+        """Write the checkpoint, then what is made from it: the best one's name, metrics and report."""
         self.save()
         self.keep_best()
         self.write_metrics()
+        if self.run.progress.evaluations:
+            with writing(self.folder / REPORT), replacing(self.folder / REPORT) as temporary:
+                temporary.write_text(report(self.run, self.corpus, self.tables), encoding="utf-8")
 
     def save(self) -> None:
         """Write the checkpoint."""

@@ -31,13 +31,13 @@ class Schedule:
         return self.progress.done or self._position() >= self.config.steps or self._out_of_patience()
 
     def remaining(self) -> float:
-        """An estimate of the seconds still to go."""
+        """An estimate of the seconds still to go, nan as long as there is nothing to go by."""
         progress = self.progress
         if self.over():
             return 0.0
         if self.config.minutes:
-            return 60 * self.config.minutes - progress.seconds
-        if not progress.step:
+            return max(0.0, 60 * self.config.minutes - progress.seconds)
+        if not self._step_seconds():
             return math.nan
         evaluations = self.config.steps // self.config.eval_every - len(progress.evaluations)
         return (self.config.steps - progress.step) * self._step_seconds() \
@@ -58,13 +58,14 @@ class Schedule:
             and len(evaluations) - 1 - evaluations.index(best) >= self.config.patience
 
     def _step_seconds(self) -> float:
-        """The mean of the steps since the last evaluation, or of all."""
+        """The mean of the steps since the last evaluation, but for the run's first; 0 if there is none."""
         progress = self.progress
-        if progress.lap_steps > 1:
-            return progress.lap_seconds / progress.lap_steps
+        first = 0 if progress.evaluations else 1
+        if progress.lap_steps > first:
+            return (progress.lap_seconds - first * progress.first_seconds) / (progress.lap_steps - first)
         if progress.evaluations and progress.evaluations[-1].tokens_per_s:
             return self.config.batch * self.config.context / progress.evaluations[-1].tokens_per_s
-        return progress.seconds / progress.step
+        return 0.0
 
     def _evaluation_seconds(self) -> float:
         return self.progress.evaluation_seconds or self.passes * self._step_seconds()

@@ -41,7 +41,8 @@ def test_a_run_leaves_checkpoint_metrics_plot_and_sample(text, tmp_path, capsys)
     out = tmp_path / "out" / "run"
     assert train(text, out) == 0
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["best.safetensors", "checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
+    assert files == ["best.safetensors", "checkpoint.safetensors", "loss.png", "metrics.jsonl",
+                     "report.html", "sample.txt"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
     assert set(lines[0]) == {"step", "batch_loss", "train_loss", "val_loss", "val_bits", "lr",
