@@ -10,7 +10,7 @@ import platform
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -45,7 +45,8 @@ p, dt, figcaption, th { color: var(--soft); }
 figcaption { font-size: 14px; margin-bottom: 4px; } figcaption i { font-style: normal; margin-left: 10px; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
 svg .rule { stroke: var(--line); } svg .bar { fill: #2f7ed8; }
-pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
+pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.45 ui-monospace, monospace; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 16px; margin: 0;
   font-size: 14px; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -71,8 +72,8 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
         "tokens a second": f"{last.tokens_per_s:,.0f}",
     } | {f"nats a character: {name} table": f"{nats:.4f}" for name, nats in tables.items()}
     curves = [
-        chart("loss, nats a character", _curves(run, train="train_loss", validation="val_loss", batches="batch_loss"),
-              tables),
+        chart("loss, nats a character",
+              _curves(run, train="train_loss", validation="val_loss", batches="batch_loss"), tables),
         chart("learning rate", _curves(run, rate="lr")),
         chart("norm of the gradients", _curves(run, norm="gradient_norm")),
         chart("tokens a second", _curves(run, speed="tokens_per_s")),
@@ -86,7 +87,8 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
         f'<h2>Samples</h2><div class="grid">{_samples(run)}</div>',
         f"<h2>Attention</h2>{_attention(run, corpus)}",
         f'<h2>Layers</h2><div class="card">{_histograms(run, corpus)}</div>',
-        f'<h2>Config, machine and text</h2><div class="grid">{_list(facts)}{_list(_machine(run, corpus))}</div>',
+        '<h2>Config, machine and text</h2><div class="grid">',
+        f"{_list(facts)}{_list(_machine(run, corpus))}</div>",
     ]
     refresh = "" if progress.done else '<meta http-equiv="refresh" content="30">'
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{refresh}'
@@ -121,7 +123,8 @@ def _machine(run: Run, corpus: Corpus) -> dict[str, object]:
             **{f"note {i}": note for i, note in enumerate(corpus.notes, 1)},
             "machine": f"{platform.machine()} with {TARGET.name}, {os.cpu_count()} cores, "
                        f"{kernels.get_num_threads()} threads", "system": platform.platform(),
-            "products": kernels.get_matmul_precision(), "Python": sys.version.split()[0], "packages": packages}
+            "products": kernels.get_matmul_precision(), "Python": sys.version.split()[0],
+            "packages": packages}
 
 
 # ---- curves ------------------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def chart(title: str, series: Series, levels: Mapping[str, float] | None = None)
                          f'x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
                          f'<text x="{width - 4}" y="{y - 4:.1f}" text-anchor="end">{_text(name)}</text>')
     colours = dict(zip(series, COLOURS, strict=False))
-    for name, points in reversed(series.items()):
+    for name, points in reversed(list(series.items())):
         where = [place(*point) for point in points]
         parts.append(f'<polyline fill="none" stroke="{colours[name]}" stroke-width="2" '
                      f'stroke-linejoin="round" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in where)}"/>')
@@ -183,7 +186,8 @@ def ticks(low: float, high: float) -> list[float]:
 def _samples(run: Run) -> str:
     """Of all samples as training went on at most twelve, the first and the last among them."""
     samples = run.progress.samples
-    chosen = sorted(set(np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int).tolist()))
+    places = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples)))
+    chosen = sorted(set(places.round().astype(int).tolist()))
     return "".join(f"<figure><figcaption>step {samples[i][0]:,}</figcaption><pre>{_text(samples[i][1])}</pre>"
                    "</figure>" for i in chosen) or '<p class="card">--sample is 0</p>'
 
@@ -207,17 +211,17 @@ def _histograms(run: Run, corpus: Corpus) -> str:
     for name, kinds in layers.items():
         cells = "".join(f"<td>{_histogram(np.concatenate(kind))}</td>" for kind in kinds if kind)
         rows.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")
-    return ("<table><tr><th>layer</th><th>parameters, within 4 standard deviations σ of 0</th>"
+    return ("<table><tr><th>layer</th><th>parameters, within 4 standard deviations of 0</th>"
             f"<th>their gradients, likewise</th></tr>{''.join(rows)}</table>")
 
 
 def _histogram(values: np.ndarray) -> str:
-    """Bars from -4 σ to 4 σ, σ the root of the mean square."""
+    """Bars within four standard deviations of 0 (roots of the mean square), and the deviation."""
     deviation = math.sqrt(float(np.mean(np.square(values, dtype=np.float64)))) or 1.0
     counts = np.histogram(values, bins=40, range=(-4 * deviation, 4 * deviation))[0]
     bars = "".join(f'<rect class="bar" x="{6 * i}" y="{30 - h:.1f}" width="5" height="{h:.1f}"/>'
                    for i, h in enumerate(30 * counts / max(1, counts.max())) if h > 0.05)
-    return f'<svg viewBox="0 0 240 30" preserveAspectRatio="none">{bars}</svg>σ {deviation:.2e}'
+    return f'<svg viewBox="0 0 240 30" preserveAspectRatio="none">{bars}</svg>± {deviation:.2e}'
 
 
 def _attention(run: Run, corpus: Corpus) -> str:
@@ -233,10 +237,11 @@ def _attention(run: Run, corpus: Corpus) -> str:
                    f'title="layer {layer}, head {head}">'
                    for layer, weights in enumerate(decoder.weights[:SHOWN]) for head in range(heads))
     together = np.mean([weights.mean(axis=0) for weights in decoder.weights], axis=0)
-    return ('<div class="grid"><figure><figcaption>all heads together: a row is a character, dark is where it '
-            f"looks</figcaption>{_labelled(together, run.tokenizer.decode(ids))}</figure>"
+    return ('<div class="grid"><figure><figcaption>all heads together: a row is a character, dark is where '
+            f"it looks</figcaption>{_labelled(together, run.tokenizer.decode(ids))}</figure>"
             "<figure><figcaption>each by itself: a row of maps is a layer</figcaption>"
-            f'<div class="heads" style="grid-template-columns: repeat({heads}, 1fr)">{maps}</div></figure></div>')
+            f'<div class="heads" style="grid-template-columns: repeat({heads}, 1fr)">{maps}</div></figure>'
+            "</div>")
 
 
 def _labelled(weights: np.ndarray, text: str) -> str:
@@ -244,10 +249,11 @@ def _labelled(weights: np.ndarray, text: str) -> str:
     n, cell = len(text), 12
     names: Iterable[str] = (_text({"\n": "↵", " ": "·"}.get(c, c)) for c in text)
     labels = "".join(f'<text x="{cell * i + 20}" y="12" text-anchor="middle">{c}</text>'
-                     f'<text x="7" y="{cell * i + 26}" text-anchor="middle">{c}</text>' for i, c in enumerate(names))
+                     f'<text x="7" y="{cell * i + 26}" text-anchor="middle">{c}</text>'
+                     for i, c in enumerate(names))
     side = cell * n
-    return (f'<svg viewBox="0 0 {side + 15} {side + 17}" role="img">{labels}<image x="14" y="16" width="{side}" '
-            f'height="{side}" style="image-rendering: pixelated" preserveAspectRatio="none" '
+    return (f'<svg viewBox="0 0 {side + 15} {side + 17}" role="img">{labels}<image x="14" y="16" '
+            f'width="{side}" height="{side}" style="image-rendering: pixelated" preserveAspectRatio="none" '
             f'href="{png(weights)}"/></svg>')
 
 
@@ -257,8 +263,9 @@ def png(weights: np.ndarray) -> str:
     white, blue = np.array([255.0, 255, 255]), np.array([16.0, 60, 130])
     pixels = (white + (blue - white) * share[..., None]).astype(np.uint8)
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    chunk: Callable[[bytes, bytes], bytes] = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     size = struct.pack(">IIBBBBB", weights.shape[1], weights.shape[0], 8, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows, 9)) \
         + chunk(b"IEND", b"")
