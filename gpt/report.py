@@ -37,18 +37,21 @@ body { margin: 0 auto; max-width: 1180px; padding: 20px 16px 48px; background: v
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 17px; margin: 32px 0 10px; } p { margin: 4px 0 12px; }
 p, dt, figcaption, th { color: var(--soft); }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.curves { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.curves text { font-size: 13px; } @media (min-width: 700px) { .curves text { font-size: 10.5px; } }
+.numbers + p { margin-top: 12px; }
 .numbers { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); }
 .card, figure { margin: 0; min-width: 0; padding: 12px 14px; background: var(--card); border-radius: 8px;
   border: 1px solid var(--line); }
 .card b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: 13px; }
 figcaption { font-size: 14px; margin-bottom: 4px; } figcaption i { font-style: normal; margin-left: 10px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); }
 svg .rule { stroke: var(--line); } svg .bar { fill: #2f7ed8; }
 pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.45 ui-monospace, monospace; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 16px; margin: 0;
-  font-size: 14px; }
+  align-content: start;  font-size: 14px; }
 dd { margin: 0; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; } th { font-weight: 400; text-align: left; }
 td { padding: 3px 8px 3px 0; border-top: 1px solid var(--line); } td svg { height: 30px; }
@@ -70,7 +73,9 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
         f"steps; {state}": f"{last.step:,}",
         "seconds": f"{last.seconds:,.0f}",
         "tokens a second": f"{last.tokens_per_s:,.0f}",
-    } | {f"nats a character: {name} table": f"{nats:.4f}" for name, nats in tables.items()}
+    }
+    reached = ", ".join(f"{name} {nats:.4f} nats ({nats / math.log(2):.4f} bits)"
+                        for name, nats in tables.items())
     curves = [
         chart("loss, nats a character",
               _curves(run, train="train_loss", validation="val_loss", batches="batch_loss"), tables),
@@ -83,7 +88,8 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
         f"<h1>{_text(corpus.name)}</h1><p>{_parameters(run):,} parameters, {config.layers} layers, "
         f"{config.heads} heads, width {config.width}, context {config.context}; {state}</p>",
         f'<div class="numbers">{"".join(map(_number, numbers.items()))}</div>',
-        f'<h2>Curves, by steps</h2><div class="grid">{"".join(curves)}</div>',
+        f"<p>Tables of counts reach, on the same split: {reached} a character.</p>",
+        f'<h2>Curves, by steps</h2><div class="curves">{"".join(curves)}</div>',
         f'<h2>Samples</h2><div class="grid">{_samples(run)}</div>',
         f"<h2>Attention</h2>{_attention(run, corpus)}",
         f'<h2>Layers</h2><div class="card">{_histograms(run, corpus)}</div>',
@@ -136,7 +142,7 @@ def _curves(run: Run, **fields: str) -> Series:
 
 def chart(title: str, series: Series, levels: Mapping[str, float] | None = None) -> str:
     """Lines over steps as SVG, with dashed lines at those levels that lie among them."""
-    width, height, left, bottom, top = 480, 230, 58, 22, 8
+    width, height, left, bottom, top = 440, 210, 62, 22, 8
     ys = [y for points in series.values() for _, y in points]
     last = max(x for points in series.values() for x, _ in points)
     low, high = min(ys), max(ys)
@@ -248,8 +254,8 @@ def _labelled(weights: np.ndarray, text: str) -> str:
     """One map with its text along both sides."""
     n, cell = len(text), 12
     names: Iterable[str] = (_text({"\n": "↵", " ": "·"}.get(c, c)) for c in text)
-    labels = "".join(f'<text x="{cell * i + 20}" y="12" text-anchor="middle">{c}</text>'
-                     f'<text x="7" y="{cell * i + 26}" text-anchor="middle">{c}</text>'
+    labels = "".join(f'<text font-size="11" x="{cell * i + 20}" y="12" text-anchor="middle">{c}</text>'
+                     f'<text font-size="11" x="7" y="{cell * i + 26}" text-anchor="middle">{c}</text>'
                      for i, c in enumerate(names))
     side = cell * n
     return (f'<svg viewBox="0 0 {side + 15} {side + 17}" role="img">{labels}<image x="14" y="16" '

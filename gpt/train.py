@@ -28,18 +28,19 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
     before the step, at the first loss or gradient that is not a finite number.
     """
     model, optimizer, config, progress = run.model, run.optimizer, run.config, run.progress
-    train_part = train_ids[:TRAIN_PART]
+    train_part, tokens = train_ids[:TRAIN_PART], config.batch * config.context
     schedule = Schedule(config, progress, len(train_part) + len(val_ids))
     clock = Clock()
     model.train()
     while True:
         if _due(run, schedule):
-            progress.done = schedule.over()
+            over = schedule.over()
             train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_ids)
             if not math.isfinite(val_loss):
                 raise Diverged(f"the validation loss after step {progress.step} is {val_loss}")
-            after_evaluation(progress.after_evaluation(train_loss, val_loss, clock.lap(),
-                                                       config.batch * config.context), schedule.remaining())
+            found = progress.after_evaluation(train_loss, val_loss, clock.lap(), tokens)
+            progress.done = over or schedule.over()              # out of patience, or of time
+            after_evaluation(found, schedule.remaining())
             progress.seconds += clock.lap()
         if schedule.over() or progress.step == stop_after:
             return

@@ -75,8 +75,23 @@ def test_a_run_of_a_tenth_of_a_minute_takes_that(train, tmp_path, capsys):
     assert run.progress.done and run.progress.evaluations[-1].step == run.progress.step
 
 
+def test_an_evaluation_that_takes_the_rest_of_the_time_is_the_last(train, tmp_path, monkeypatch):
+    """It is not known how long one takes before the first."""
+    from gpt import train as module
+    plain = module.evaluate
+
+    def slow(model, ids):
+        time.sleep(1.0)
+        return plain(model, ids)
+    monkeypatch.setattr(module, "evaluate", slow)
+    assert train("out", "--minutes", "0.05", "--eval-every", "20") == 0
+    run = load_run(tmp_path / "out" / "checkpoint.safetensors")
+    assert run.progress.done and len(run.progress.evaluations) == 1
+
+
 def test_patience_ends_after_so_many_evaluations_without_a_new_best(train, tmp_path):
     assert train("out", "--steps", "100000", "--eval-every", "5", "--patience", "3", "--lr", "0.5") == 0
+    assert load_run(tmp_path / "out" / "checkpoint.safetensors").progress.done
     losses = [json.loads(line)["val_loss"] for line in
               (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) - 1 - int(np.argmin(losses)) == 3
