@@ -23,12 +23,12 @@ LARGEST_TABLE = 2**26                        # entries
 def baselines(train: np.ndarray, validation: np.ndarray, vocabulary: int) -> dict[str, float]:
     """Nats a token of each table by name; no bigram where its table would have over 2**26 entries."""
     found = {"uniform": math.log(vocabulary)}
-    counts = _counts(train, vocabulary, 1)
-    met = _counts(validation[1:], vocabulary, 1)
-    found["unigram"] = _loss(met, (counts + 1) / (counts.sum() + vocabulary))
+    singles = counts(train, vocabulary, 1)
+    met = counts(validation[1:], vocabulary, 1)
+    found["unigram"] = _loss(met, (singles + 1) / (singles.sum() + vocabulary))
     if vocabulary**2 <= LARGEST_TABLE:
-        pairs = _counts(train, vocabulary, 2).reshape(vocabulary, vocabulary)
-        met = _counts(validation, vocabulary, 2)
+        pairs = counts(train, vocabulary, 2).reshape(vocabulary, vocabulary)
+        met = counts(validation, vocabulary, 2)
         found["bigram"] = _loss(met, ((pairs + 1) / (pairs.sum(axis=1, keepdims=True) + vocabulary)).ravel())
     return found
 
@@ -38,7 +38,7 @@ def _loss(met: np.ndarray, probabilities: np.ndarray) -> float:
     return float(-(met @ np.log(probabilities)) / met.sum())
 
 
-def _counts(ids: np.ndarray, vocabulary: int, length: int) -> np.ndarray:
+def counts(ids: np.ndarray, vocabulary: int, length: int) -> np.ndarray:
     """How often each token, or for length 2 each pair, occurs in ids; a piece at a time."""
     total = np.zeros(vocabulary**length, np.int64)
     for start in range(0, len(ids), PIECE):

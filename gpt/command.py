@@ -41,7 +41,8 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
         else:
             add(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
                 metavar="N" if isinstance(field.default, int) else "X")
-    add("--data", metavar="FILE", help="text to train on, in UTF-8 (tinyshakespeare)")
+    add("--data", metavar="PATH", nargs="+",
+        help="text to train on, in UTF-8: files, folders of .txt files, globs (tinyshakespeare)")
     add("--out", metavar="FOLDER", type=Path, default=Path("out/shakespeare"), help="results go here")
     add("--resume", action="store_true", help="go on with the run in --out, as if it had never stopped")
     add("--stop-after", metavar="N", type=int, help="stop when so many steps are done; --resume goes on")

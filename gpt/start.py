@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ OF_TRAINING = {"dropout", "batch", "steps", "lr", "min_lr", "warmup", "beta1", "
                "eval_every", "minutes", "patience", "micro_batch", "seed"}
 
 
-def begin(given: dict[str, Any], data: str | None, precision: str,
+def begin(given: dict[str, Any], data: list[str] | None, precision: str,
           init_from: Path | None) -> tuple[Run, Corpus]:
     """A run at its first step, and its text.
 
@@ -42,13 +43,13 @@ def begin(given: dict[str, Any], data: str | None, precision: str,
     return run, corpus
 
 
-def take_up(path: Path, given: dict[str, Any], data: str | None, precision: str) -> tuple[Run, Corpus]:
+def take_up(path: Path, given: dict[str, Any], data: list[str] | None, precision: str) -> tuple[Run, Corpus]:
     """The run in a checkpoint, where it stopped, and its text; BadInput lists what is asked otherwise.
 
     Options that are not given are the run's.
     """
     run = load_run(path)
-    corpus = open_corpus(data or run.source.get("data") or None, run.tokenizer)
+    corpus = open_corpus(data or _paths(run.source), run.tokenizer)
     asked = _source(corpus, data, precision)
     differ = _differences(given, run.config)
     if asked["sha256"] != run.source.get("sha256"):
@@ -68,6 +69,17 @@ def _differences(given: dict[str, Any], config: Config) -> list[str]:
             for name, value in given.items() if value != getattr(config, name)]
 
 
-def _source(corpus: Corpus, data: str | None, precision: str) -> dict[str, str]:
-    return {"data": os.path.abspath(data) if data else "", "name": corpus.name, "sha256": corpus.sha256,
-            "precision": precision}
+def _paths(source: dict[str, str]) -> list[str]:
+    """The --data of a run, as `_source` wrote it; BadInput for anything else."""
+    try:
+        paths = json.loads(source["data"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise BadInput(f"--resume: the checkpoint does not say where its text is: {error!r}") from error
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise BadInput(f"--resume: the checkpoint's text is {source['data']!r:.100}; give --data")
+    return paths
+
+
+def _source(corpus: Corpus, data: list[str] | None, precision: str) -> dict[str, str]:
+    paths = json.dumps([os.path.abspath(path) for path in data or ()])
+    return {"data": paths, "name": corpus.name, "sha256": corpus.sha256, "precision": precision}

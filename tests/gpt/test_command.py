@@ -130,7 +130,9 @@ BAD = {
     "binary text": (["--data", "{tmp}/binary.txt"], "is binary"),
     "undecodable text": (["--data", "{tmp}/latin.txt"], "is not UTF-8"),
     "short text": (["--data", "{tmp}/short.txt"], "too short"),
-    "folder as text": (["--data", "{tmp}"], "is a folder"),
+    "folder without text": (["--data", "{tmp}/folder"], "is a folder without a .txt file in it"),
+    "glob without text": (["--data", "{tmp}/*.text"], "matches no file"),
+    "one of several": (["--data", "{tmp}/verse.txt", "{tmp}/latin.txt"], "is not UTF-8"),
     "heads": (["--width", "30", "--heads", "4"], "--heads is 4; it must be a divisor of the width, 30"),
     "zero": (["--layers", "0"], "--layers is 0; it must be at least 1"),
     "negative": (["--batch", "-3"], "--batch is -3; it must be at least 1"),
@@ -155,6 +157,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, text, tmp_path, capsys):
     (tmp_path / "binary.txt").write_bytes(b"ab\0cd" * 1000)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 9000)
     (tmp_path / "short.txt").write_text("to be or not")
+    (tmp_path / "folder").mkdir()
     arguments, said = BAD[name]
     before = sorted(tmp_path.rglob("*"))
     assert train(text, tmp_path / "out", *(a.format(tmp=tmp_path) for a in arguments)) == 2

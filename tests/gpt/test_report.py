@@ -1,6 +1,7 @@
 """The report is one page that needs nothing else, and shows a text as a text."""
 import base64
 import itertools
+import json
 import re
 import zlib
 from html.parser import HTMLParser
@@ -84,7 +85,7 @@ def test_everything_is_on_it(folder, page):
 
 def test_a_text_is_escaped(folder):
     run = load_run(folder / "out" / "checkpoint.safetensors")
-    corpus = open_corpus(run.source["data"], run.tokenizer)
+    corpus = open_corpus(json.loads(run.source["data"]), run.tokenizer)
     run.progress.samples.append((60, EVIL))
     page = report(run, corpus, baselines(corpus.train, corpus.validation, len(run.tokenizer)))
     assert "<script" not in page and "<b>&amp;" not in page and "\x07" not in page
@@ -96,7 +97,7 @@ def test_it_changes_nothing(folder):
     """Neither the weights, nor the random numbers, nor the gradients."""
     from minitensor.random import get_state
     run = load_run(folder / "out" / "checkpoint.safetensors")
-    corpus = open_corpus(run.source["data"], run.tokenizer)
+    corpus = open_corpus(json.loads(run.source["data"]), run.tokenizer)
     before, random = {name: a.copy() for name, a in run.model.state_dict().items()}, get_state()
     first, second = (report(run, corpus, {}) for _ in range(2))
     assert first == second and get_state() == random
