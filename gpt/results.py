@@ -40,10 +40,10 @@ class Results:
         self.folder, self.run, self.corpus = folder, run, corpus
         self.characters, self.check_interruption = characters, check_interruption
         self.tables = baselines(corpus.train, corpus.validation, len(run.tokenizer))
-        print("tables   " + ", ".join(f"{name} {nats:.4f} nats, {nats / math.log(2):.4f} bits"
-                                      for name, nats in self.tables.items())
-              + " a character on the validation split", flush=True)
-        self.began, self.written = run.progress.step, 0
+        reached = ", ".join(f"{name} {nats:.4f} ({nats / math.log(2):.4f} bits)"
+                            for name, nats in self.tables.items())
+        print(f"tables   {reached} nats/character on the validation split", flush=True)
+        self.began, self.written, self.kept = run.progress.step, 0, False
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=run.config.steps, initial=self.began, dynamic_ncols=True,
                         disable=quiet or not sys.stderr.isatty(),
@@ -86,7 +86,7 @@ class Results:
     def after_evaluation(self, evaluation: Evaluation, remaining: float) -> None:
         """Report an evaluation, and keep the run."""
         self.bar.write(f"step {evaluation.step:6,}   train {evaluation.train_loss:.4f}   validation "
-                       f"{evaluation.val_loss:.4f} nats/character, {evaluation.val_bits:.4f} bits   "
+                       f"{evaluation.val_loss:.4f} nats/character ({evaluation.val_bits:.4f} bits)   "
                        f"{evaluation.tokens_per_s:,.0f} tokens/s   {duration(evaluation.seconds)}, "
                        f"{duration(remaining)} left")
         if self.characters:
@@ -103,6 +103,10 @@ class Results:
     def keep(self) -> None:
         """Write the checkpoint, then what is made from it: the best one's name, metrics and report."""
         self.save()
+        if not self.began and not self.kept:                     # a new run where there was another
+            for name in FILES[1:]:
+                (self.folder / name).unlink(missing_ok=True)
+        self.kept = True
         self.keep_best()
         self.write_metrics()
         if self.run.progress.evaluations:
@@ -130,15 +134,16 @@ class Results:
     def write_metrics(self) -> None:
         """Append what is new to metrics.jsonl; the first time in a process, write all of it."""
         path = self.folder / "metrics.jsonl"
-        lines = [json.dumps(e._asdict()) + "\n" for e in self.run.progress.evaluations]
+        evaluations = self.run.progress.evaluations
+        lines = "".join(json.dumps(e._asdict()) + "\n" for e in evaluations[self.written:])
         with writing(path):
             if self.written:
                 with open(path, "a", encoding="utf-8") as file:
-                    file.write("".join(lines[self.written:]))
+                    file.write(lines)
             elif lines:
                 with replacing(path) as temporary:
-                    temporary.write_text("".join(lines), encoding="utf-8")
-        self.written = len(lines)
+                    temporary.write_text(lines, encoding="utf-8")
+        self.written = len(evaluations)
 
     def interrupted(self) -> None:
         """Keep what there is."""

@@ -52,10 +52,10 @@ class Schedule:
         return self.config.steps * (min(1.0, gone / whole) if whole > 0 else 1.0)
 
     def _out_of_patience(self) -> bool:
-        best = self.progress.best()
+        if not self.config.patience or (best := self.progress.best()) is None:
+            return False
         evaluations = self.progress.evaluations
-        return bool(self.config.patience) and best is not None \
-            and len(evaluations) - 1 - evaluations.index(best) >= self.config.patience
+        return len(evaluations) - 1 - evaluations.index(best) >= self.config.patience
 
     def _step_seconds(self) -> float:
         """The mean of the steps since the last evaluation, but for the run's first; 0 if there is none."""

@@ -42,7 +42,7 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
             progress.done = over or schedule.over()              # out of patience, or of time
             after_evaluation(found, schedule.remaining())
             progress.seconds += clock.lap()
-        if schedule.over() or progress.step == stop_after:
+        if schedule.over() or (stop_after is not None and progress.step >= stop_after):
             return
         x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
         loss = loss_and_gradients(model, x, y, config.micro_batch)
