@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -84,7 +85,7 @@ def _main(arguments: list[str] | None) -> int:
         stack.callback(results.close)
         try:
             train(run, corpus.train, corpus.validation, results.after_step, results.after_evaluation,
-                  options.stop_after)
+                  options.stop_after or math.inf)
             results.finish()
         except KeyboardInterrupt:
             results.interrupted()

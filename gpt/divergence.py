@@ -7,14 +7,16 @@ import numpy as np
 
 import minitensor as mt
 from gpt.errors import Diverged
+from gpt.model import GPT
 from gpt.run import Run
 from minitensor.random import set_state
 
 
-def explain(run: Run, loss_and_gradients: Callable[[], float], loss: float) -> Diverged:
+def explain(run: Run, x: np.ndarray, y: np.ndarray,
+            loss_and_gradients: Callable[[GPT, np.ndarray, np.ndarray, int], float], loss: float) -> Diverged:
     """The error that says the step, the first bad parameter and, from the step done again, the first bad op.
 
-    The gradients are those of the bad step, and the weights still those before it.
+    x, y: the bad step's batch. The gradients are still its own, and the weights those before it.
     """
     step = run.progress.step + 1
     found = f"the loss of step {step} is {loss}" if not np.isfinite(loss) else \
@@ -25,7 +27,7 @@ def explain(run: Run, loss_and_gradients: Callable[[], float], loss: float) -> D
     op = "all ops are finite when it is done again"
     try:
         with np.errstate(all="ignore"), mt.detect_nan():  # type: ignore[attr-defined]
-            loss_and_gradients()
+            loss_and_gradients(run.model, x, y, run.config.micro_batch)
     except FloatingPointError as error:
         op = str(error)
     return Diverged(f"{found}; {bad}; {op}; a lower --lr or a longer --warmup may help")

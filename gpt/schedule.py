@@ -4,7 +4,8 @@ from __future__ import annotations
 import math
 
 from gpt.config import Config
-from gpt.run import Progress
+from gpt.errors import Diverged
+from gpt.run import Evaluation, Progress
 from minitensor.optim import warmup_cosine
 
 FORWARD = 3                                 # a step is about so many forward passes: backward is two of them
@@ -29,6 +30,21 @@ class Schedule:
     def over(self) -> bool:
         """Is training done?"""
         return self.progress.done or self._position() >= self.config.steps or self._out_of_patience()
+
+    def evaluation_due(self) -> bool:
+        """Is there a step since the last evaluation, and either the turn of the next or the end?"""
+        progress = self.progress
+        return progress.lap_steps > 0 and (progress.step % self.config.eval_every == 0 or self.over())
+
+    def after_evaluation(self, train_loss: float, val_loss: float, seconds: float) -> Evaluation:
+        """Note what an evaluation found, and if it was the last; Diverged if it is not a finite number."""
+        if not math.isfinite(val_loss):
+            raise Diverged(f"the validation loss after step {self.progress.step} is {val_loss}")
+        last = self.over()                                       # it was due for that
+        found = self.progress.after_evaluation(train_loss, val_loss, seconds,
+                                               self.config.batch * self.config.context)
+        self.progress.done = last or self.over()                 # out of patience, or of time
+        return found
 
     def remaining(self) -> float:
         """An estimate of the seconds still to go, nan as long as there is nothing to go by."""

@@ -10,7 +10,6 @@ import numpy as np
 import minitensor as mt
 from gpt.data import batch, windows
 from gpt.divergence import explain
-from gpt.errors import Diverged
 from gpt.model import GPT, evaluating
 from gpt.run import Evaluation, Run
 from gpt.schedule import Schedule
@@ -19,7 +18,7 @@ TRAIN_PART = 2**16                          # tokens of the training split that 
 
 
 def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Callable[[float, float], None],
-          after_evaluation: Callable[[Evaluation, float], None], stop_after: int | None = None) -> None:
+          after_evaluation: Callable[[Evaluation, float], None], stop_after: float = math.inf) -> None:
     """Train on train_ids (N,) from where the run is to its end, or until stop_after steps are done.
 
     A batch depends on the seed and the step alone, and all else that a step needs is in the run: stopped
@@ -28,28 +27,24 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
     before the step, at the first loss or gradient that is not a finite number.
     """
     model, optimizer, config, progress = run.model, run.optimizer, run.config, run.progress
-    train_part, tokens = train_ids[:TRAIN_PART], config.batch * config.context
+    train_part = train_ids[:TRAIN_PART]
     schedule = Schedule(config, progress, len(train_part) + len(val_ids))
     clock = Clock()
     model.train()
     while True:
-        if _due(run, schedule):
-            over = schedule.over()
-            train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_ids)
-            if not math.isfinite(val_loss):
-                raise Diverged(f"the validation loss after step {progress.step} is {val_loss}")
-            found = progress.after_evaluation(train_loss, val_loss, clock.lap(), tokens)
-            progress.done = over or schedule.over()              # out of patience, or of time
+        if schedule.evaluation_due():
+            losses = evaluate(model, train_part), evaluate(model, val_ids)
+            found = schedule.after_evaluation(*losses, clock.lap())
             after_evaluation(found, schedule.remaining())
             progress.seconds += clock.lap()
-        if schedule.over() or (stop_after is not None and progress.step >= stop_after):
+        if schedule.over() or progress.step >= stop_after:
             return
         x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
         loss = loss_and_gradients(model, x, y, config.micro_batch)
         optimizer.lr = schedule.lr()
         norm = optimizer.step()                                  # clips on the way
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise explain(run, lambda: loss_and_gradients(model, x, y, config.micro_batch), loss)  # noqa: B023
+            raise explain(run, x, y, loss_and_gradients, loss)
         optimizer.zero_grad()
         progress.after_step(loss, norm, optimizer.lr, clock.lap())
         after_step(loss, schedule.remaining())
@@ -76,12 +71,6 @@ def evaluate(model: GPT, ids: np.ndarray) -> float:
         for x, y in windows(ids, model.config.context, batch=max(1, 4096 // model.config.context)):
             total += mt.cross_entropy(model(x), y, reduction="none").numpy().sum(dtype=np.float64)
     return total / (len(ids) - 1)
-
-
-def _due(run: Run, schedule: Schedule) -> bool:
-    """Is there a step since the last evaluation, and either the turn of the next or the end?"""
-    progress = run.progress
-    return progress.lap_steps > 0 and (progress.step % run.config.eval_every == 0 or schedule.over())
 
 
 class Clock:
