@@ -168,7 +168,8 @@ class Results:
         sample = self.sample(self.characters, self.check_interruption)
         with writing(self.folder / "sample.txt"), replacing(self.folder / "sample.txt") as temporary:
             temporary.write_text(sample, encoding="utf-8", newline="")
-        print(f"\n{sample}\n")
+        if sample:
+            print(f"\n{sample}\n")
         print(f"in {self.folder}: {', '.join(FILES)}")
 
     def close(self) -> None:

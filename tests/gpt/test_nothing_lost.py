@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -119,6 +120,25 @@ def test_a_damaged_checkpoint_is_not_resumed_and_the_best_one_can_be(tmp_path, c
     (out / "best.safetensors").rename(out / "checkpoint.safetensors")
     assert train(tmp_path, out, "--resume") == 0
     assert load_run(out / "checkpoint.safetensors").progress.done
+
+
+def test_a_run_with_a_flipped_bit_or_cut_short_is_refused_or_whole(tmp_path):
+    save_run(tmp_path / "c", Run.new(Config(layers=1, heads=1, width=4, context=4), CharTokenizer("ab"), {}))
+    whole, expected = (tmp_path / "c").read_bytes(), load(tmp_path / "c")[0]
+    drawn, refused = random.Random(0), 0
+    for i in range(400):
+        changed = bytearray(whole[:drawn.randrange(len(whole))] if i % 4 == 0 else whole)
+        if i % 4 and changed:
+            changed[drawn.randrange(len(changed))] ^= 1 << drawn.randrange(8)
+        (tmp_path / "c").write_bytes(changed)
+        try:
+            run = load_run(tmp_path / "c")
+        except BadInput:
+            refused += 1
+        else:
+            assert all(array.tobytes() == expected[name].tobytes()
+                       for name, array in run.model.state_dict().items())
+    assert refused > 380
 
 
 def test_a_config_of_a_huge_model_takes_no_memory(tmp_path):
