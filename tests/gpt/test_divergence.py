@@ -11,8 +11,8 @@ from gpt import train as module
 from gpt.checkpoint import load_run
 from gpt.verse import verse
 
-TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "8",
-        "--eval-every", "2", "--sample", "0", "--dropout", "0.2", "--quiet"]
+TINY = ["--recipe", "classic", "--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch",
+        "4", "--steps", "8", "--eval-every", "2", "--sample", "0", "--dropout", "0.2", "--quiet"]
 
 
 @contextlib.contextmanager

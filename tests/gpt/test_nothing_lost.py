@@ -23,8 +23,8 @@ from gpt.verse import verse
 from tests.gpt import kill
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "6",
-        "--eval-every", "2", "--warmup", "2", "--sample", "0", "--quiet"]
+TINY = ["--recipe", "classic", "--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch",
+        "4", "--steps", "6", "--eval-every", "2", "--warmup", "2", "--sample", "0", "--quiet"]
 
 
 def train(tmp_path, out, *more):

@@ -16,8 +16,8 @@ from gpt.corpus import open_corpus
 from gpt.report import chart, png, report, ticks
 from gpt.verse import verse
 
-TINY = ["--layers", "2", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "60",
-        "--eval-every", "4", "--quiet"]
+TINY = ["--recipe", "classic", "--layers", "2", "--heads", "2", "--width", "16", "--context", "16", "--batch",
+        "4", "--steps", "60", "--eval-every", "4", "--quiet"]
 EVIL = '<script>alert("x")</script>&amp;\x07\'--><b>'
 
 

@@ -18,8 +18,8 @@ from gpt.train import loss_and_gradients
 from gpt.verse import verse
 from minitensor.optim import warmup_cosine
 
-TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--warmup", "10",
-        "--sample", "0"]
+TINY = ["--recipe", "classic", "--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch",
+        "4", "--warmup", "10", "--sample", "0"]
 
 
 @pytest.fixture
