@@ -19,7 +19,8 @@ from gpt.verse import verse
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "2", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--steps", "200",
-        "--eval-every", "40", "--warmup", "10", "--dropout", "0.2", "--bias", "--sample", "20"]
+        "--eval-every", "40", "--warmup", "10", "--lr", "0.001", "--dropout", "0.2", "--bias", "--sample",
+        "20"]
 OF_THE_CLOCK = {"seconds", "tokens_per_s"}
 
 
