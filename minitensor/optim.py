@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     return norm
 
 
-def warmup_cosine(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
+def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float) -> float:
     """The learning rate of a step counted from 0: linear from 0 up to lr, then half a cosine to min_lr."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
@@ -87,6 +87,28 @@ class _Optimizer:
         for p in self.parameters:
             p.grad = None
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What the optimizer remembers of its steps, as arrays by name, such as "first.0"; memory is shared."""
+        raise NotImplementedError(f"{type(self).__name__} has no state_dict method")
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the arrays that `state_dict` gave; ValueError, and no change, unless names and shapes agree."""
+        raise NotImplementedError(f"{type(self).__name__} has no load_state_dict method")
+
+    def _check_state(self, state: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
+                     optional: bool = False) -> None:
+        """ValueError that lists how state and own differ; optional: names may be missing."""
+        problems = [f"missing {name!r}" for name in own if name not in state and not optional]
+        problems += [f"unexpected {name!r}" for name in state if name not in own]
+        for name in own.keys() & state.keys():
+            given, array = state[name], own[name]
+            if given.shape != array.shape or given.dtype != array.dtype:
+                problems.append(f"{name!r} is {given.dtype} {given.shape}, "
+                                f"it must be {array.dtype} {array.shape}")
+        if problems:
+            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
+                             f"{'; '.join(sorted(problems))}")
+
 
 class SGD(_Optimizer):
     """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch)."""
@@ -106,6 +128,16 @@ class SGD(_Optimizer):
                 before = self.buffers[i]
                 g = self.buffers[i] = g.copy() if before is None else self.momentum * before + g
             p.data -= self.lr * g
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The buffer of each parameter that has had a gradient: "buffers.0" and so on; memory is shared."""
+        return {f"buffers.{i}": buffer for i, buffer in enumerate(self.buffers) if buffer is not None}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the buffers that `state_dict` gave; ValueError, and no change, unless they fit."""
+        own = {f"buffers.{i}": p.data for i, p in enumerate(self.parameters)}
+        self._check_state(state, own, optional=True)
+        self.buffers = [state[name].copy() if name in state else None for name in own]
 
 
 class AdamW(_Optimizer):
@@ -127,8 +159,13 @@ class AdamW(_Optimizer):
         self.second = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> float | None:
-        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any."""
+        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any.
+
+        A norm that is not a finite number changes nothing: the caller sees it and finds all as it was.
+        """
         norm = None if self.max_norm is None else grad_norm(self.parameters)
+        if norm is not None and not math.isfinite(norm):
+            return norm
         scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
@@ -142,3 +179,19 @@ class AdamW(_Optimizer):
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
         return norm
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """"first.0", "second.0" and so on, which share memory, and "steps", the number of each one's updates."""
+        moments = {"first": self.first, "second": self.second}
+        arrays = {f"{name}.{i}": array for name, group in moments.items() for i, array in enumerate(group)}
+        return {**arrays, "steps": np.array(self.steps, np.int64)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Copy what `state_dict` gave; ValueError, and no change, unless names, shapes and dtypes agree."""
+        own = self.state_dict()
+        self._check_state(state, own)
+        if (state["steps"] < 0).any():
+            raise ValueError("load_state_dict: AdamW does not fit: 'steps' has a negative number")
+        for name, array in own.items():
+            array[...] = state[name]
+        self.steps = own["steps"].tolist()
