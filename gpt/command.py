@@ -36,6 +36,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
         text = f"{field.metadata['help']} ({getattr(RECIPES['classic'], field.name)})"
         if isinstance(field.default, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif choices := field.metadata["choices"]:
+            add(flag, choices=choices, default=argparse.SUPPRESS, help=text)
         else:
             add(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
                 metavar="N" if isinstance(field.default, int) else "X")

@@ -19,6 +19,9 @@ from minitensor.fused import (
     layernorm,
     linear,
     log_softmax,
+    qk_norm,
+    relu2,
+    rotary,
     softmax,
 )
 from minitensor.linalg import dot, einsum, matmul, outer
@@ -85,8 +88,8 @@ from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
     # fused: one kernel forward, one backward
-    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
-    "cross_entropy",
+    "linear", "gelu", "relu2", "layernorm", "softmax", "log_softmax", "rotary", "qk_norm", "attention",
+    "dropout", "embedding", "cross_entropy",
     # arithmetic
     "add", "subtract", "multiply", "divide", "power", "negative", "abs", "square", "sqrt", "reciprocal",
     # exponentials and their kin

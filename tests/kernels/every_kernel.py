@@ -34,8 +34,17 @@ def matmul(dtype):
 
 def linear(dtype):
     x, weight, bias = normal(N, 2 * C, dtype=dtype), normal(C, 2 * C, dtype=dtype), normal(C, dtype=dtype)
-    return (K.linear_forward(x, weight)[0], *K.linear_forward(x, weight, bias, False),
-            *K.linear_forward(x, weight, bias, True))
+    return (K.linear_forward(x, weight)[0], *K.linear_forward(x, weight, bias, "gelu"),
+            *K.linear_forward(x, weight, bias, "gelu_tanh"), *K.linear_forward(x, weight, bias, "relu2"))
+
+
+def rotary(dtype):
+    qkv, dy = normal(2, T, 3 * H * (D + 1), dtype=dtype), normal(2, T, 3 * H * (D + 1), dtype=dtype, seed=1)
+    results = []
+    for base, eps in ((100.0, 1e-6), (100.0, None), (None, 1e-6)):
+        y, scales = K.rotary_forward(qkv, H, base, eps, 3)
+        results += [y, scales, K.rotary_backward(dy, y, scales, H, base, 3)]
+    return *results, *K.rotary_angles(T, 2 * D, 100.0, np.dtype(dtype), 3)
 
 
 def attention(dtype):
@@ -59,6 +68,11 @@ def gelu(dtype):
                  for r in (K.gelu_forward(x, approximate), K.gelu_backward(dy, x, approximate)))
 
 
+def relu2(dtype):
+    x, dy = normal(N, C, dtype=dtype), normal(N, C, dtype=dtype, seed=1)
+    return K.relu2_forward(x), K.relu2_backward(dy, x)
+
+
 def dropout(dtype):
     return (K.dropout(normal(N, C, dtype=dtype), 0.3, 5),)
 
@@ -80,7 +94,8 @@ def adamw(dtype):
     return total, p, m, v
 
 
-CASES = [embedding, layernorm, matmul, linear, attention, softmax, gelu, dropout, cross_entropy, adamw]
+CASES = [embedding, layernorm, matmul, linear, rotary, attention, softmax, gelu, relu2, dropout,
+         cross_entropy, adamw]
 
 
 def hashes(dtype):
