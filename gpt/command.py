@@ -14,7 +14,7 @@ from pathlib import Path
 import kernels
 import minitensor as mt
 from gpt.cli import INTERRUPTED, Parser, interruptible, run, writing
-from gpt.config import RECIPES, Config
+from gpt.config import DEFAULT, RECIPES, Config
 from gpt.data import Text, check_length, find_text, split
 from gpt.errors import BadInput
 from gpt.generate import LONGEST, first_ids, generate
@@ -30,10 +30,11 @@ def parse(arguments: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The config, from a recipe and the options that change it, and the other options."""
     parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.")
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="classic", help="what the other defaults are taken from")
+    add("--recipe", choices=RECIPES, default=DEFAULT,
+        help=f"what the other defaults are taken from ({DEFAULT})")
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = f"{field.metadata['help']} ({getattr(RECIPES['classic'], field.name)})"
+        text = f"{field.metadata['help']} ({getattr(RECIPES[DEFAULT], field.name)})"
         if isinstance(field.default, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         elif choices := field.metadata["choices"]:

@@ -93,13 +93,15 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        qkv = self.qkv(x)                                                   # (B, T, 3C)
-        if self.rotary:
-            qkv = mt.rotary(qkv, self.heads, eps=self.eps)
-        elif self.eps:
-            qkv = mt.qk_norm(qkv, self.heads, eps=self.eps)
+        qkv = self.placed(self.qkv(x))                                      # (B, T, 3C)
         y = mt.attention(qkv, self.heads, p=self.p if self.training else 0.0)   # (B, T, C)
         return self.dropout(self.projection(y))
+
+    def placed(self, qkv, start=0):
+        """Queries and keys normalised, and rotated to positions from start on, as the config has it."""
+        if self.rotary:
+            return mt.rotary(qkv, self.heads, eps=self.eps, start=start)
+        return qkv if self.eps is None else mt.qk_norm(qkv, self.heads, eps=self.eps)
 
 
 class MLP(nn.Module):

@@ -13,7 +13,8 @@ from gpt.config import Config
 from gpt.data import batch, windows
 from gpt.errors import Diverged
 from gpt.model import GPT, evaluating
-from minitensor.optim import AdamW, Muon, Together, warmup_cosine
+from gpt.optimizer import make_optimizer
+from minitensor.optim import warmup_cosine
 
 
 class Evaluation(NamedTuple):
@@ -55,18 +56,6 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
             after_evaluation(Evaluation(step + 1, float(np.mean(losses)), val_loss,
                                         time.perf_counter() - start, speed))
             losses, lap = [], time.perf_counter()
-
-
-def make_optimizer(model: GPT, config: Config) -> AdamW | Together:
-    """AdamW, or Muon for the matrices of the blocks, q, k and v apart, beside AdamW for the rest."""
-    betas = (config.beta1, config.beta2)
-    if config.optimizer == "adamw":
-        return AdamW(model.parameters(), config.lr, betas, weight_decay=config.decay, max_norm=config.clip)
-    inside = {name: p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
-    muon = Muon(inside.values(), config.muon_lr, config.momentum, config.decay,
-                parts=[3 if name.endswith("qkv.weight") else 1 for name in inside])
-    rest = [p for name, p in model.named_parameters() if name not in inside]
-    return Together([AdamW(rest, config.lr, betas, weight_decay=config.decay), muon], max_norm=config.clip)
 
 
 def evaluate(model: GPT, ids: np.ndarray) -> float:

@@ -5,7 +5,7 @@ Source: Jordan et al. 2024.
     p ← p - lr λ p - lr √max(1, M / N) orthogonal(u)             for p of M rows and N columns
 
 orthogonal(u) takes X = u / ‖u‖ five times through X ← (a I + b A + c A²) X with A = X Xᵀ, an odd quintic of
-the singular values that leaves them between 0.67 and 1.21 if they began above 0.003. With Y = c^¼ X and
+the singular values that leaves them between 0.67 and 1.21 if they began above 0.0015. With Y = c^¼ X and
 G = Y Yᵀ = √c A the bracket S is a square:
 
     S = a I + b A + c A² = (G + h I)² + d I,   h = b / (2 √c),   d = a - b² / (4 c)

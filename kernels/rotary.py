@@ -44,7 +44,10 @@ def rotary_backward(dy: np.ndarray, y: np.ndarray, scales: np.ndarray, heads: in
     check("rotary_backward", "dy", dy, (None, None, None))
     check("rotary_backward", "y", y, dy.shape, like=dy)
     rows = dy.reshape(-1, dy.shape[2])
-    check("rotary_backward", "scales", scales, (len(rows), 2 * heads if scales.size else 0), like=dy)
+    check("rotary_backward", "scales", scales, (len(rows), None), like=dy)
+    if scales.shape[1] not in (0, 2 * heads):
+        raise ValueError(f"rotary_backward: scales has shape {scales.shape}; it must be ({len(rows)}, "
+                         f"{2 * heads}), or ({len(rows)}, 0) if nothing was normalised")
     cos, sin = _tables("rotary_backward", dy, heads, base, start)
     dqkv = memory.empty(dy.shape, dy.dtype)
     launch(_rotary_backward, row_tasks(rows), rows, y.reshape(rows.shape), scales, heads, cos, sin,

@@ -296,6 +296,8 @@ class Together:
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Load what `state_dict` gave; ValueError if names or shapes differ."""
+        if unknown := sorted(state.keys() - self.state_dict().keys()):
+            raise ValueError(f"load_state_dict: Together does not fit: unexpected {unknown[0]!r}")
         for n, optimizer in enumerate(self.optimizers):
             own = f"{n}."
             optimizer.load_state_dict({name.removeprefix(own): array for name, array in state.items()

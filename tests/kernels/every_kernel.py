@@ -94,8 +94,15 @@ def adamw(dtype):
     return total, p, m, v
 
 
+def muon(dtype):
+    shapes, parts = [(3 * 20, 33), (20, 33), (C, 33), (33, C)], [3, 1, 1, 1]
+    p, g, b = ([normal(*shape, dtype=dtype, seed=seed) for shape in shapes] for seed in range(3))
+    K.muon(p, g, b, parts, 1e-2, 0.9, 0.1, scale=0.5)
+    return *p, *b, K.orthogonal(normal(3, 33, 20, dtype=dtype)), K.orthogonal(normal(3, 20, C, dtype=dtype))
+
+
 CASES = [embedding, layernorm, matmul, linear, rotary, attention, softmax, gelu, relu2, dropout,
-         cross_entropy, adamw]
+         cross_entropy, adamw, muon]
 
 
 def hashes(dtype):
