@@ -73,7 +73,7 @@ RECIPES = {
         batch=24, steps=800, muon_lr=2e-2, warmup=50, eval_every=400, **_IDEAS),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
-        muon_lr=1e-2, steps=320, warmup=20, eval_every=320, **_IDEAS),
+        muon_lr=1e-2, steps=300, warmup=20, eval_every=300, **_IDEAS),
     "lecture": Config(                                          # the scaled-up GPT
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),
