@@ -155,7 +155,8 @@ def _config(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[C
     """The config and the tokenizer; ValueError if their model would be larger than the file's arrays."""
     tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
     config = Config(**json.loads(metadata["config"]))
-    least = config.layers * config.width**2 + (len(tokenizer) + config.context) * config.width
+    places = config.context if config.positions == "learned" else 0
+    least = config.layers * config.width**2 + (len(tokenizer) + places) * config.width
     held = sum(array.size for array in _of_model(arrays).values())
     if least > held:
         raise ValueError(f"its config asks for {least:,} parameters or more, it holds {held:,}")

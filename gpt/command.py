@@ -16,7 +16,7 @@ from typing import Any
 
 import kernels
 from gpt.cli import INTERRUPTED, Parser, interruptible, run
-from gpt.config import RECIPES, Config
+from gpt.config import DEFAULT, RECIPES, Config
 from gpt.corpus import Corpus
 from gpt.data import sweep
 from gpt.errors import BadInput
@@ -33,12 +33,14 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
     parser = Parser(description="Train a GPT on Shakespeare, or on a text of your own.")
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default=argparse.SUPPRESS,
-        help="what the other defaults are taken from (classic)")
+        help=f"what the other defaults are taken from ({DEFAULT})")
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = f"{field.metadata['help']} ({getattr(RECIPES['classic'], field.name)})"
+        text = f"{field.metadata['help']} ({getattr(RECIPES[DEFAULT], field.name)})"
         if isinstance(field.default, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif choices := field.metadata["choices"]:
+            add(flag, choices=choices, default=argparse.SUPPRESS, help=text)
         else:
             add(flag, type=type(field.default), default=argparse.SUPPRESS, help=text,
                 metavar="N" if isinstance(field.default, int) else "X")

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-import kernels
+import minitensor as mt
 from gpt.model import GPT, Attention, Block
 from minitensor import nn
+
+ACTIVATIONS = {"gelu": mt.gelu, "relu2": mt.relu2}               # as the config calls them
 
 
 class Decoder:
@@ -35,7 +37,9 @@ class Decoder:
         """The logits (V,) for the token after ids (N,), which follow what was seen; N is at least 1."""
         first, self.seen = self.seen, self.seen + len(ids)
         model, self.weights = self.model, []
-        x = model.tokens.weight.data[ids] + model.positions.data[first:self.seen]           # (N, C)
+        x = model.tokens.weight.data[ids]                                                   # (N, C)
+        if model.config.positions == "learned":
+            x = x + model.positions.data[first:self.seen]
         for block, keys, values in zip(model.blocks, self.keys, self.values, strict=True):
             x = self._block(x, block, keys, values, first)
         return linear(normalised(x[-1:], model.norm), model.head)[0]
@@ -44,13 +48,15 @@ class Decoder:
                first: int) -> np.ndarray:
         x = x + self._attention(normalised(x, block.norm1), block.attention, keys, values, first)
         hidden = linear(normalised(x, block.norm2), block.mlp.up)
-        return x + linear(kernels.gelu_forward(hidden, False), block.mlp.down)
+        activated = ACTIVATIONS[block.mlp.activation](hidden)
+        return x + linear(activated, block.mlp.down)
 
     def _attention(self, x: np.ndarray, attention: Attention, keys: np.ndarray, values: np.ndarray,
                    first: int) -> np.ndarray:
         """Attention of the rows x (N, C), whose keys and values join those (H, T, D) of the tokens before."""
         heads, _, depth = keys.shape
-        q, k, v = linear(x, attention.qkv).reshape(len(x), 3, heads, depth).transpose(1, 2, 0, 3)  # (H, N, D)
+        qkv = attention.placed(linear(x, attention.qkv)[None], start=first)
+        q, k, v = qkv.reshape(len(x), 3, heads, depth).transpose(1, 2, 0, 3)                       # (H, N, D)
         end = first + len(x)
         keys[:, first:end], values[:, first:end] = k, v
         scores = np.matmul(q * q.dtype.type(1 / math.sqrt(depth)), keys[:, :end].swapaxes(1, 2))   # (H, N, T)

@@ -26,7 +26,7 @@ def explain(run: Run, x: np.ndarray, y: np.ndarray,
     set_state(run.progress.random)                               # the same dropout masks
     op = "all ops are finite when it is done again"
     try:
-        with np.errstate(all="ignore"), mt.detect_nan():  # type: ignore[attr-defined]
+        with np.errstate(all="ignore"), mt.detect_nan():
             loss_and_gradients(run.model, x, y, run.config.micro_batch)
     except FloatingPointError as error:
         op = str(error)

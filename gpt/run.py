@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from gpt.config import Config
 from gpt.model import GPT
+from gpt.optimizer import make_optimizer
 from gpt.tokenizer import CharTokenizer
-from minitensor import optim
 from minitensor.random import get_state
 
 
@@ -109,9 +109,3 @@ class Run:
         """A run at its start, with weights drawn from minitensor's random numbers."""
         model = GPT(config, len(tokenizer))
         return cls(config, tokenizer, model, make_optimizer(model, config), Progress(), source)
-
-
-def make_optimizer(model: GPT, config: Config) -> Any:
-    """The optimizer that a config asks for."""
-    return optim.AdamW(model.parameters(), config.lr, (config.beta1, config.beta2),
-                       weight_decay=config.decay, max_norm=config.clip)

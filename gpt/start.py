@@ -9,7 +9,7 @@ from typing import Any
 
 import minitensor as mt
 from gpt.checkpoint import load_model, load_run
-from gpt.config import Config
+from gpt.config import DEFAULT, RECIPES, Config
 from gpt.corpus import Corpus, open_corpus
 from gpt.data import check_length
 from gpt.errors import BadInput
@@ -17,7 +17,7 @@ from gpt.run import Run
 
 # What may change when training goes on from a model; all other fields say what the model computes.
 OF_TRAINING = {"dropout", "batch", "steps", "lr", "min_lr", "warmup", "beta1", "beta2", "decay", "clip",
-               "eval_every", "minutes", "patience", "micro_batch", "seed"}
+               "eval_every", "optimizer", "muon_lr", "momentum", "minutes", "patience", "micro_batch", "seed"}
 
 
 def begin(given: dict[str, Any], data: list[str] | None, precision: str,
@@ -26,7 +26,7 @@ def begin(given: dict[str, Any], data: list[str] | None, precision: str,
 
     init_from: a checkpoint that gives weights, vocabulary and the config's defaults; the optimizer is fresh.
     """
-    config, model, tokenizer = Config(**given), None, None
+    config, model, tokenizer = dataclasses.replace(RECIPES[DEFAULT], **given), None, None
     if init_from is not None:
         model, tokenizer = load_model(init_from)
         refused = _differences({k: v for k, v in given.items() if k not in OF_TRAINING}, model.config)

@@ -19,9 +19,13 @@ from minitensor.fused import (
     layernorm,
     linear,
     log_softmax,
+    qk_norm,
+    relu2,
+    rotary,
     softmax,
 )
 from minitensor.linalg import dot, einsum, matmul, outer
+from minitensor.nan import detect_nan
 from minitensor.ops import (
     abs,
     add,
@@ -81,12 +85,15 @@ from minitensor.shape import (
     triu,
 )
 from minitensor.tensor import Tensor, fused, grad, no_grad, op, unfused
+from minitensor.trace import Trace, trace
 
 __all__ = [  # noqa: RUF022
     "Tensor", "grad", "no_grad", "op", "fused", "unfused", "seed", "nn", "optim",
+    # to watch and to mend
+    "trace", "Trace", "detect_nan",
     # fused: one kernel forward, one backward
-    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "dropout", "embedding",
-    "cross_entropy",
+    "linear", "gelu", "relu2", "layernorm", "softmax", "log_softmax", "rotary", "qk_norm", "attention",
+    "dropout", "embedding", "cross_entropy",
     # arithmetic
     "add", "subtract", "multiply", "divide", "power", "negative", "abs", "square", "sqrt", "reciprocal",
     # exponentials and their kin

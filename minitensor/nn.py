@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from minitensor.fused import dropout, embedding, layernorm, linear
 from minitensor.random import generator
-from minitensor.tensor import Tensor
+from minitensor.tensor import Tensor, _state
 
 
 class Module:
@@ -24,7 +25,12 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward method")
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        return self.forward(*inputs, **options)
+        outside = _state.modules
+        _state.modules = (weakref.ref(self), outside)        # weak, as a module may keep what it computed
+        try:
+            return self.forward(*inputs, **options)
+        finally:
+            _state.modules = outside
 
     def _attributes(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Attributes, and what is in those that are lists, tuples or dicts, with their paths."""

@@ -12,8 +12,11 @@ import functools
 import heapq
 import inspect
 import itertools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -24,16 +27,18 @@ _serial = itertools.count()
 
 
 class _State(threading.local):
-    """What a thread is doing: recording a graph, replacing fused ops by their references."""
+    """What a thread is doing: recording a graph, replacing fused ops by their references, being watched."""
     recording = True
     unfused = False
+    modules: tuple = ()                     # the modules being called: (weak reference, those outside it)
+    observers: tuple = ()                   # each gets forward(...) of an op and backward(...) of its vjps
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def _set(**flags: bool) -> Iterator[None]:
+def _set(**flags: Any) -> Iterator[None]:
     before = {name: getattr(_state, name) for name in flags}
     _state.__dict__.update(flags)
     try:
@@ -54,10 +59,25 @@ def unfused() -> contextlib.AbstractContextManager[None]:
 
 class Node:
     """One recorded application of an op; the graph is these, reached through the inputs."""
-    __slots__ = ("__weakref__", "inputs", "op", "options", "serial", "vjp")
+    __slots__ = ("__weakref__", "code", "inputs", "instruction", "modules", "op", "options", "serial", "vjp")
 
     def __init__(self, op: Callable, inputs: tuple, options: dict, vjp: Any):
         self.op, self.inputs, self.options, self.vjp, self.serial = op, inputs, options, vjp, next(_serial)
+        self.code, self.instruction = _caller(2)             # the user's line, for `trace` and `detect_nan`
+        self.modules = _state.modules
+
+
+def _caller(depth: int) -> tuple[CodeType, int]:
+    """The code outside this package and numpy that is running, and the offset of its instruction."""
+    frame = sys._getframe(depth)
+    while _inside(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti
+
+
+@functools.cache
+def _inside(filename: str) -> bool:
+    return filename.startswith((os.path.dirname(__file__) + os.sep, os.path.dirname(np.__file__) + os.sep))
 
 
 class Tensor:
@@ -121,6 +141,10 @@ class Tensor:
         notes += f", op={self.node.op.__name__}" if self.node else ", requires_grad=True" * self.requires_grad
         return f"Tensor({values}{notes})"
 
+    def _repr_html_(self) -> str:
+        from minitensor.page import tensor_html
+        return tensor_html(self)
+
     def __len__(self) -> int:
         if not self.ndim:
             raise TypeError("len: a tensor of no axes has no length")
@@ -148,13 +172,7 @@ class Tensor:
         gradient: d loss / d self, of this shape; may be left out for a scalar. retain_graph: keep the graph
         for another walk. create_graph: make the gradients themselves differentiable (and keep the graph).
         """
-        for leaf, g, owned in _walk(self, gradient, (), retain_graph, create_graph):
-            if leaf.grad is None:
-                leaf.grad = _np.copy(g) if create_graph else Tensor(g if owned else np.array(g))
-            elif create_graph or leaf.grad.node is not None:
-                leaf.grad = leaf.grad + g
-            else:
-                leaf.grad.data += g
+        _accumulate(_walk(self, gradient, (), retain_graph, create_graph), create_graph)
 
     # ---- numpy's own protocols -----------------------------------------------------------------------------
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
@@ -297,6 +315,8 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
                                                             for x in inputs)
             if result.requires_grad:
                 result.node = Node(recorded, inputs, options, vjp)
+            for observer in _state.observers:
+                observer.forward(recorded, inputs, result)
             return result
 
         recorded.body, recorded.reference = body, reference      # type: ignore[attr-defined]
@@ -401,9 +421,22 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                         raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave a {gx.dtype} "
                                         f"gradient for a {x.dtype} input; keep Python scalars as they are, "
                                         "and convert constant arrays")
+                    for observer in _state.observers:
+                        observer.backward(node, inputs, g, position, gx)
                     send(x, gx, reference is not None)
     found.extend(entry for entry in pending.values())
     return found
+
+
+def _accumulate(found: list[tuple[Tensor, Any, bool]], create_graph: bool) -> None:
+    """Add what a walk found to the leaves' `.grad`."""
+    for leaf, g, owned in found:
+        if leaf.grad is None:
+            leaf.grad = _np.copy(g) if create_graph else Tensor(g if owned else np.array(g))
+        elif create_graph or leaf.grad.node is not None:
+            leaf.grad = leaf.grad + g
+        else:
+            leaf.grad.data += g
 
 
 def _seed(output: Tensor, gradient: Any) -> Tensor:

@@ -13,6 +13,8 @@ CONFIGS = {
     "plain": Config(layers=2, heads=2, width=32, context=16),
     "bias and dropout": Config(layers=2, heads=4, width=32, context=9, bias=True, dropout=0.5),
     "one head of odd width": Config(layers=1, heads=1, width=7, context=5, bias=True),
+    "modern": Config(layers=2, heads=2, width=32, context=16, positions="rotary", qk_norm=True, mlp="relu2"),
+    "normalised": Config(layers=1, heads=2, width=16, context=9, qk_norm=True),
     "a context of one": Config(layers=1, heads=1, width=8, context=1),
     "a context of two": Config(layers=1, heads=1, width=8, context=2),
 }
