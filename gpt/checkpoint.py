@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -17,7 +18,9 @@ from gpt.config import Config
 from gpt.data import replacing
 from gpt.errors import BadInput
 from gpt.model import GPT
+from gpt.run import Progress, Run
 from gpt.tokenizer import CharTokenizer
+from minitensor.random import set_state
 
 Array = NDArray[Any]
 FORMAT = {"format": "minitensor-gpt", "version": "1"}
@@ -98,22 +101,67 @@ def _line(error: Exception) -> str:
     return " ".join(str(error.strerror if isinstance(error, OSError) and error.strerror else error).split())
 
 
-# ---- a model and its tokenizer -----------------------------------------------------------------------------
+# ---- a run, and the model in it ----------------------------------------------------------------------------
 
-def save_model(path: str | PathLike[str], model: GPT, tokenizer: CharTokenizer, step: int) -> None:
-    """Write a model, its config and its tokenizer: all that `load_model` needs. Raises BadInput as `save`."""
-    metadata = {"config": json.dumps(dataclasses.asdict(model.config)), "tokenizer": tokenizer.to_json(),
-                "step": str(step)}
-    save(path, model.state_dict(), metadata)
+OPTIMIZER = "optimizer."                                         # before the names of the optimizer's arrays
+
+
+def save_run(path: str | PathLike[str], run: Run) -> None:
+    """Write a run as one file, so that its parts always fit together. Raises BadInput as `save`."""
+    metadata = {"config": json.dumps(dataclasses.asdict(run.config)), "tokenizer": run.tokenizer.to_json(),
+                "progress": run.progress.to_json(), "source": json.dumps(run.source)}
+    optimizer = {OPTIMIZER + name: array for name, array in run.optimizer.state_dict().items()}
+    save(path, {**run.model.state_dict(), **optimizer}, metadata)
+
+
+def load_run(path: str | PathLike[str]) -> Run:
+    """Return the run that `save_run` wrote; BadInput for anything else. Sets minitensor's random numbers."""
+    arrays, metadata = load(path)
+    with _described(path):
+        config, tokenizer = _config(arrays, metadata)
+        source = json.loads(metadata["source"])
+        if not isinstance(source, dict) or not all(isinstance(value, str) for value in source.values()):
+            raise ValueError(f"source is {metadata['source']!r:.100}")
+        run = Run.new(config, tokenizer, source)
+        run.progress = Progress.from_json(metadata["progress"])
+        run.model.load_state_dict(_of_model(arrays))
+        run.optimizer.load_state_dict({name.removeprefix(OPTIMIZER): array for name, array in arrays.items()
+                                       if name.startswith(OPTIMIZER)})
+        set_state(run.progress.random)
+    return run
 
 
 def load_model(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
-    """Return the model and the tokenizer that `save_model` wrote; BadInput for anything else."""
+    """Return the model and the tokenizer of the run that `save_run` wrote; BadInput for anything else."""
     arrays, metadata = load(path)
-    try:
-        tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
-        model = GPT(Config(**json.loads(metadata["config"])), len(tokenizer))
-        model.load_state_dict(arrays)
-    except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise BadInput(f"{os.fspath(path)!r}: not a model of this program: {_line(error)}") from error
+    with _described(path):
+        config, tokenizer = _config(arrays, metadata)
+        model = GPT(config, len(tokenizer))
+        model.load_state_dict(_of_model(arrays))
     return model, tokenizer
+
+
+@contextmanager
+def _described(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn whatever a checkpoint with content of the wrong kind leads to into BadInput."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError,
+            MemoryError) as error:
+        raise BadInput(f"{os.fspath(path)!r}: not a run of this program: {_line(error)}") from error
+
+
+def _config(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[Config, CharTokenizer]:
+    """The config and the tokenizer; ValueError if their model would be larger than the file's arrays."""
+    tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
+    config = Config(**json.loads(metadata["config"]))
+    places = config.context if config.positions == "learned" else 0
+    least = config.layers * config.width**2 + (len(tokenizer) + places) * config.width
+    held = sum(array.size for array in _of_model(arrays).values())
+    if least > held:
+        raise ValueError(f"its config asks for {least:,} parameters or more, it holds {held:,}")
+    return config, tokenizer
+
+
+def _of_model(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array for name, array in arrays.items() if not name.startswith(OPTIMIZER)}

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +144,25 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         _sync(target.parent, os.O_RDONLY)
 
 
+def sweep(folder: str | PathLike[str]) -> None:
+    """Remove what `replacing` left in folder when its process was killed; that of a living one stays."""
+    for temporary in Path(folder).glob(".*-*.tmp"):
+        process, _, rest = temporary.name[1:].partition("-")
+        if process.isdecimal() and len(rest) == len("0123456789abcdef.tmp") and not _alive(int(process)):
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                                              # somebody else's
+        return True
+    return True
+
+
 def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
@@ -202,19 +222,24 @@ def batch(ids: Ids, batch: int, context: int, seed: int, step: int, rank: int = 
     bits = np.random.Philox(key=key, counter=counter)
     starts = np.random.Generator(bits).integers(len(ids) - context, size=(batch, 1))
     at = starts + np.arange(context)
-    return ids[at], ids[at + 1]
+    return _plain(ids[at]), _plain(ids[at + 1])
 
 
 def windows(ids: Ids, context: int, batch: int) -> Iterator[tuple[Ids, Ids]]:
     """Cut ids (N,) into consecutive windows x, y (up to B, T), in which each of N - 1 targets occurs once.
 
-    The last window, when it is shorter, comes alone: (1, rest). The arrays are views of ids.
+    The last window, when it is shorter, comes alone: (1, rest). Of ids in int32 the arrays are views.
     """
     targets = max(len(ids) - 1, 0)
     whole = targets // context * context
     x = ids[:whole].reshape(-1, context)
     y = ids[1 : whole + 1].reshape(-1, context)
     for i in range(0, len(x), batch):
-        yield x[i : i + batch], y[i : i + batch]
+        yield _plain(x[i : i + batch]), _plain(y[i : i + batch])
     if whole < targets:
-        yield ids[None, whole:-1], ids[None, whole + 1 :]
+        yield _plain(ids[None, whole:-1]), _plain(ids[None, whole + 1 :])
+
+
+def _plain(ids: NDArray[Any]) -> Ids:
+    """As int32, whatever they are kept in."""
+    return ids.astype(np.int32, copy=False)

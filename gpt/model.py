@@ -22,7 +22,9 @@ class GPT(nn.Module):
     def __init__(self, config: Config, vocabulary: int):
         self.config = config
         self.tokens = nn.Embedding(vocabulary, config.width)
-        self.positions = mt.Tensor(np.empty((config.context, config.width), np.float32), requires_grad=True)
+        if config.positions == "learned":
+            positions = np.empty((config.context, config.width), np.float32)
+            self.positions = mt.Tensor(positions, requires_grad=True)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.layers)]
         self.norm = nn.LayerNorm(config.width, config.bias)
@@ -35,7 +37,10 @@ class GPT(nn.Module):
         if T > self.config.context:
             raise ValueError(f"GPT: ids are {ids.shape}; "
                              f"the context holds {self.config.context} tokens at the most")
-        x = self.dropout(self.tokens(ids) + self.positions[:T])             # (B, T, C)
+        x = self.tokens(ids)                                                # (B, T, C)
+        if self.config.positions == "learned":
+            x = x + self.positions[:T]
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))                                      # (B, T, V)
@@ -82,23 +87,31 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         self.heads, self.p = config.heads, config.dropout
+        self.rotary, self.eps = config.positions == "rotary", 1e-6 if config.qk_norm else None
         self.qkv = nn.Linear(config.width, 3 * config.width, config.bias)
         self.projection = nn.Linear(config.width, config.width, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        qkv = self.qkv(x)                                                   # (B, T, 3C)
+        qkv = self.placed(self.qkv(x))                                      # (B, T, 3C)
         y = mt.attention(qkv, self.heads, p=self.p if self.training else 0.0)   # (B, T, C)
         return self.dropout(self.projection(y))
 
+    def placed(self, qkv, start=0):
+        """Queries and keys normalised, and rotated to positions from start on, as the config has it."""
+        if self.rotary:
+            return mt.rotary(qkv, self.heads, eps=self.eps, start=start)
+        return qkv if self.eps is None else mt.qk_norm(qkv, self.heads, eps=self.eps)
+
 
 class MLP(nn.Module):
-    """Each token on its own: four times as wide, GELU, and back."""
+    """Each token on its own: four times as wide, GELU or ReLU², and back."""
 
     def __init__(self, config: Config):
         self.up = nn.Linear(config.width, 4 * config.width, config.bias)
         self.down = nn.Linear(4 * config.width, config.width, config.bias)
+        self.activation = config.mlp
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.down(self.up(x, activation="gelu")))
+        return self.dropout(self.down(self.up(x, activation=self.activation)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from os import PathLike
 
 import numpy as np
@@ -54,6 +55,14 @@ class CharTokenizer:
                 f"the {len(self)} of the vocabulary: {_shorten(self.vocabulary)}"
             )
         return ids
+
+    def encode_known(self, text: str) -> tuple[NDArray[np.int32], dict[str, int]]:
+        """Return the ids of the characters that the vocabulary has, and how often each of the others came."""
+        ids = self._ids.take(_code_points(text), mode="clip")
+        known = ids >= 0
+        if known.all():
+            return ids, {}
+        return ids[known], dict(Counter(text[i] for i in np.flatnonzero(~known)))
 
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of integer ids (N,); BadInput names the first id outside the vocabulary."""

@@ -4,58 +4,64 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 import minitensor as mt
-from gpt.config import Config
 from gpt.data import batch, windows
-from gpt.errors import Diverged
+from gpt.divergence import explain
 from gpt.model import GPT, evaluating
-from minitensor.optim import AdamW, warmup_cosine
+from gpt.run import Evaluation, Run
+from gpt.schedule import Schedule
+
+TRAIN_PART = 2**16                          # tokens of the training split that its loss is measured on
 
 
-class Evaluation(NamedTuple):
-    """One line of metrics.jsonl; losses are in nats a token."""
-    step: int                # steps done
-    train_loss: float        # mean of the batches since the last evaluation
-    val_loss: float          # over the whole validation split
-    seconds: float           # since the start
-    tokens_per_s: float      # of training since the last evaluation
+def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Callable[[float, float], None],
+          after_evaluation: Callable[[Evaluation, float], None], stop_after: float = math.inf) -> None:
+    """Train on train_ids (N,) from where the run is to its end, or until stop_after steps are done.
 
-
-def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray,
-          after_step: Callable[[int, float], None], after_evaluation: Callable[[Evaluation], None]) -> None:
-    """Train model on train_ids (N,); a batch depends on the seed and the step alone.
-
-    after_step gets the number of steps done and the batch's loss; after_evaluation what was found on val_ids.
-    Raises Diverged at the first loss that is not a finite number.
+    A batch depends on the seed and the step alone, and all else that a step needs is in the run: stopped
+    anywhere and taken up again, it gives the same bits. after_step gets the batch's loss, after_evaluation
+    what was found, and both an estimate of the seconds to go. Raises Diverged, with the weights as they were
+    before the step, at the first loss or gradient that is not a finite number.
     """
-    optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.decay,
-                      max_norm=config.clip)
-    start = lap = time.perf_counter()
-    losses: list[float] = []
+    model, optimizer, config, progress = run.model, run.optimizer, run.config, run.progress
+    train_part = train_ids[:TRAIN_PART]
+    schedule = Schedule(config, progress, len(train_part) + len(val_ids))
+    clock = Clock()
     model.train()
-    for step in range(config.steps):
-        x, y = batch(train_ids, config.batch, config.context, config.seed, step)
-        loss = mt.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.lr = warmup_cosine(step, config.steps, config.warmup, config.lr, config.min_lr)
-        optimizer.step()                                         # clips on the way
+    while True:
+        if schedule.evaluation_due():
+            losses = evaluate(model, train_part), evaluate(model, val_ids)
+            found = schedule.after_evaluation(*losses, clock.lap())
+            after_evaluation(found, schedule.remaining())
+            progress.seconds += clock.lap()
+        if schedule.over() or progress.step >= stop_after:
+            return
+        x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
+        loss = loss_and_gradients(model, x, y, config.micro_batch)
+        optimizer.lr = schedule.lr()
+        norm = optimizer.step()                                  # clips on the way
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise explain(run, x, y, loss_and_gradients, loss)
         optimizer.zero_grad()
+        progress.after_step(loss, norm, optimizer.lr, clock.lap())
+        after_step(loss, schedule.remaining())
 
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss of step {step + 1} is {losses[-1]}; "
-                           "a lower --lr or a longer --warmup may help")
-        after_step(step + 1, losses[-1])
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            speed = len(losses) * x.size / (time.perf_counter() - lap)
-            val_loss = evaluate(model, val_ids)
-            after_evaluation(Evaluation(step + 1, float(np.mean(losses)), val_loss,
-                                        time.perf_counter() - start, speed))
-            losses, lap = [], time.perf_counter()
+
+def loss_and_gradients(model: GPT, x: np.ndarray, y: np.ndarray, micro_batch: int) -> float:
+    """The mean loss of a batch, and its gradients added to the parameters', micro_batch windows at a time.
+
+    In parts the numbers are those of one pass but for rounding; with dropout each part has masks of its own.
+    """
+    loss = 0.0
+    size = micro_batch or len(x)
+    for i in range(0, len(x), size):
+        part = mt.cross_entropy(model(x[i:i + size]), y[i:i + size]) * (len(x[i:i + size]) / len(x))
+        part.backward()
+        loss += part.item()
+    return loss
 
 
 def evaluate(model: GPT, ids: np.ndarray) -> float:
@@ -65,3 +71,15 @@ def evaluate(model: GPT, ids: np.ndarray) -> float:
         for x, y in windows(ids, model.config.context, batch=max(1, 4096 // model.config.context)):
             total += mt.cross_entropy(model(x), y, reduction="none").numpy().sum(dtype=np.float64)
     return total / (len(ids) - 1)
+
+
+class Clock:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """The seconds since the last call, or since the start."""
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before

@@ -132,7 +132,7 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
              2 * size + weight.nbytes),
         Case("matmul Aᵀ B", lambda: K.matmul(dy, x, transpose_a=True), 2 * x.size * c,
              2 * size + weight.nbytes),
-        Case("linear with GELU", lambda: K.linear_forward(x, up, None, False), 2 * x.size * 4 * c,
+        Case("linear with GELU", lambda: K.linear_forward(x, up, None, "gelu"), 2 * x.size * 4 * c,
              size + up.nbytes + 2 * big),
         Case("attention forward", lambda: K.attention_forward(qkv, heads), 4 * pairs, 4 * size),
         Case("attention backward", lambda: K.attention_backward(dout, qkv, out, norms, heads), 10 * pairs,

@@ -28,7 +28,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
     """
     groups = {"parameters": parameters, "gradients": gradients, "firsts": firsts, "seconds": seconds}
     for name, arrays in groups.items():
-        _check_list("adamw", name, arrays, parameters)
+        check_list("adamw", name, arrays, parameters)
         if not all(x.flags.writeable for x in arrays) and name != "gradients":
             raise ValueError(f"adamw: {name} holds a read-only array; it is updated in place, so pass a copy")
     if len(decays) != len(parameters):
@@ -48,7 +48,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
 
 def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     """Σ x² over all arrays, which are of one dtype, in float64: for the norm of a gradient."""
-    _check_list("sum_of_squares", "arrays", arrays, arrays)
+    check_list("sum_of_squares", "arrays", arrays, arrays)
     if not arrays:
         return 0.0
     addresses, ends = _table(arrays)
@@ -57,7 +57,7 @@ def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     return float(partial.sum())
 
 
-def _check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray]) -> None:
+def check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray]) -> None:
     """Raise unless arrays is a list of arrays of the shapes of like's, all of one dtype."""
     if not isinstance(arrays, (list, tuple)):
         raise TypeError(f"{name}: {list_name} is a {type(arrays).__name__}; it must be a list of arrays")

@@ -23,6 +23,7 @@ from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
 from kernels.pack import pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
+from kernels.relu2 import relu2_row
 from kernels.simd import ROWS, address, columns, out_of_line, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
@@ -34,6 +35,8 @@ SAME_SET = 4096             # rows a multiple of so many bytes apart share sets 
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+GELU, GELU_TANH, RELU2 = range(3)
+ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
 
 
 class _State(threading.local):
@@ -64,10 +67,12 @@ def get_matmul_precision() -> str:
     return _state.precision
 
 
-def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False) -> np.ndarray:
+def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False,
+           exact: bool = False) -> np.ndarray:
     """op(a) @ op(b), where op swaps the last two axes if asked: (..., M, K) @ (..., K, N) -> (..., M, N).
 
-    Leading axes are broadcast. Both arrays C-contiguous, both float32 or both float64.
+    Leading axes are broadcast. Both arrays C-contiguous, both float32 or both float64. exact: in their own
+    precision, whatever `set_matmul_precision` says.
     """
     for name, x in (("a", a), ("b", b)):
         check("matmul", name, x)
@@ -84,7 +89,7 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
         a, b = _flat_batch(a, batch), _flat_batch(b, batch)
-        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b)
+        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
     return c
 
 
@@ -96,20 +101,23 @@ def _flat_batch(x: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None,
-                   approximate: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+                   activation: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what it was before the activation.
 
-    approximate: None for no activation (both results are one array), else that of `gelu_forward`.
+    activation: None (both results are one array), "gelu", "gelu_tanh" or "relu2".
     """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"linear_forward: activation is {activation!r}; it must be None or one of "
+                         f"{', '.join(map(repr, ACTIVATIONS))}")
     check("linear_forward", "x", x, (None, None))
     check("linear_forward", "weight", weight, (None, x.shape[1]), like=x)
     if bias is not None:
         check("linear_forward", "bias", bias, weight.shape[:1], like=x)
     before = memory.empty((len(x), len(weight)), x.dtype)
-    y = before if approximate is None else memory.empty(before.shape, x.dtype)
+    y = before if activation is None else memory.empty(before.shape, x.dtype)
     if y.size:
         _product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
-                 None if y is before else y[None], bool(approximate))
+                 None if activation is None else y[None], ACTIVATIONS.get(activation or "", GELU))
     return y, before
 
 
@@ -143,10 +151,13 @@ def add_rows(x, first, last, total):
             total[j] += a[j]
 
 
-def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, approximate=False):
-    """c = op(a) @ op(b) + bias, activated = gelu(c), all 3-D; a or b may have a batch of one."""
+def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False):
+    """c = op(a) @ op(b) + bias, activated = activation(c), all 3-D; a or b may have a batch of one.
+
+    exact: in the arrays' own precision, whatever `set_matmul_precision` says.
+    """
     count, m, n = c.shape
-    bf16 = _state.precision == "bf16" and c.dtype == np.float32
+    bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
     width, height = columns(c.dtype), -(-m // ROWS)
     panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in like parts,
     depth += depth % 2 if bf16 else 0                                                     # of whole pairs
@@ -164,12 +175,12 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ap
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
            (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, scratch[:end_a],
            scratch[end_a:end_b], scratch[end_b:].reshape(-1, ROWS, width),
-           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, approximate)
+           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
 
 
 @kernel
 def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed_a, packed_b, edges, bias,
-              activated, approximate, tasks):
+              activated, activation, tasks):
     blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
     height = (m + ROWS - 1) // ROWS                 # in register tiles
@@ -199,7 +210,7 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed
                                bias, edges[numba.get_thread_id()], c[batch], i0, i1, k0, depth, n0, width,
                                first, last, transpose_a, bf16)
                 if k0 + depth == k and len(activated):
-                    activate_block(c[batch], activated[batch], approximate, i0 * ROWS, min(m, i1 * ROWS),
+                    activate_block(c[batch], activated[batch], activation, i0 * ROWS, min(m, i1 * ROWS),
                                    n0 + first * width, min(n, n0 + last * width))
 
 
@@ -253,10 +264,13 @@ def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed, bf16):
 
 
 @helper
-def activate_block(c, activated, approximate, i0, i1, j0, j1):
+def activate_block(c, activated, activation, i0, i1, j0, j1):
     """The activation of rows i0 to i1 and columns j0 to j1, while they are in the cache."""
     for i in range(i0, i1):
-        gelu_row(c[i, j0:j1], activated[i, j0:j1], approximate)
+        if activation == RELU2:
+            relu2_row(c[i, j0:j1], activated[i, j0:j1])
+        else:
+            gelu_row(c[i, j0:j1], activated[i, j0:j1], activation == GELU_TANH)
 
 
 @helper

@@ -21,6 +21,9 @@ from minitensor.fused import (
     layernorm,
     linear,
     log_softmax,
+    qk_norm,
+    relu2,
+    rotary,
     softmax,
 )
 from minitensor.linalg import dot, einsum, matmul, outer
@@ -93,8 +96,8 @@ __all__ = [  # noqa: RUF022
     # to watch and to mend
     "trace", "Trace", "detect_nan",
     # fused: one kernel forward, one backward
-    "linear", "gelu", "layernorm", "softmax", "log_softmax", "attention", "cross_attention", "dropout",
-    "embedding", "cross_entropy",
+    "linear", "gelu", "relu2", "layernorm", "softmax", "log_softmax", "rotary", "qk_norm", "attention",
+    "cross_attention", "dropout", "embedding", "cross_entropy",
     # arithmetic
     "add", "subtract", "multiply", "divide", "power", "negative", "abs", "square", "sqrt", "reciprocal",
     # exponentials and their kin

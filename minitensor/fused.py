@@ -4,6 +4,7 @@ The reference is what the kernel is tested against, and what runs under `create_
 """
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 import kernels
 from kernels.check import check_range
-from minitensor.ops import erf, logsumexp, tanh
+from minitensor.ops import erf, logsumexp, relu, square, tanh
 from minitensor.random import next_seed
 from minitensor.tensor import Tensor, fused
 
@@ -40,14 +41,14 @@ def _linear_reference(x, weight, bias=None, *, activation=None):
     _check_linear(x, weight)
     y = np.matmul(x, np.transpose(weight))
     y = y if bias is None else y + bias
-    return y if activation is None else _gelu_reference(y, approximate=_approximate(activation))
+    return y if activation is None else ACTIVATIONS[_known(activation)](y)
 
 
 @fused(reference=_linear_reference)
 def linear(x, weight, bias=None, *, activation=None):
     """x weightᵀ + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
-    activation: None, "gelu" or "gelu_tanh", applied while the product is still in the cache.
+    activation: None, "gelu", "gelu_tanh" or "relu2", applied while the product is still in the cache.
 
     >>> linear(Tensor([[1, 2]]), Tensor([[1, 0], [0, 1], [1, 1]]), Tensor([0, 0, 0.5]))
     Tensor([[1. , 2. , 3.5]])
@@ -55,15 +56,16 @@ def linear(x, weight, bias=None, *, activation=None):
     _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
     weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
-    approximate = _approximate(activation)
-    y, before = kernels.linear_forward(rows, weight, bias, approximate)
+    y, before = kernels.linear_forward(rows, weight, bias, activation and _known(activation))
     last: list[np.ndarray] = []                              # the gradient before the activation, made once
 
     def dbefore(g: np.ndarray) -> np.ndarray:
         if activation is None:
             return _rows(g)
         if not last or last[0] is not g:
-            last[:] = [g, kernels.gelu_backward(_rows(g), before, approximate)]
+            rows_of_g = _rows(g)
+            last[:] = [g, kernels.relu2_backward(rows_of_g, before) if activation == "relu2" else
+                       kernels.gelu_backward(rows_of_g, before, activation == "gelu_tanh")]
         return last[1]
 
     return y.reshape(shape), (lambda g: kernels.matmul(dbefore(g), weight).reshape(x.shape),
@@ -71,10 +73,11 @@ def linear(x, weight, bias=None, *, activation=None):
                               lambda g: kernels.column_sum(dbefore(g)))
 
 
-def _approximate(activation: str | None) -> bool | None:
-    if activation not in (None, "gelu", "gelu_tanh"):
-        raise ValueError(f"linear: activation is {activation!r}; it must be None, 'gelu' or 'gelu_tanh'")
-    return None if activation is None else activation == "gelu_tanh"
+def _known(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation is {activation!r}; it must be None or one of "
+                         f"{', '.join(map(repr, ACTIVATIONS))}")
+    return activation
 
 
 # ---- gelu --------------------------------------------------------------------------------------------------
@@ -97,6 +100,24 @@ def gelu(x, approximate="none"):
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
     return _gelu(x, approximate=approximate == "tanh")
+
+
+# ---- relu2 -------------------------------------------------------------------------------------------------
+
+def _relu2_reference(x):
+    return square(relu(x))
+
+
+@fused(reference=_relu2_reference)
+def relu2(x):
+    """max(x, 0)², the squared ReLU."""
+    rows = np.asarray(x, order="C")
+    return kernels.relu2_forward(rows), lambda g: kernels.relu2_backward(np.asarray(g, order="C"), rows)
+
+
+# The activations that `linear` knows, as their references.
+ACTIVATIONS = {"gelu": _gelu_reference, "gelu_tanh": functools.partial(_gelu_reference, approximate=True),
+               "relu2": _relu2_reference}
 
 
 # ---- layernorm ---------------------------------------------------------------------------------------------
@@ -177,6 +198,57 @@ def _along(function, x, axis):
     if axis in (-1, x.ndim - 1):
         return function(x)
     return np.swapaxes(function(np.swapaxes(x, axis, -1)), axis, -1)
+
+
+# ---- rotary ------------------------------------------------------------------------------------------------
+
+def _rotary_reference(qkv, heads, *, base, eps, start):
+    batch, time, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * heads)
+    parts = np.reshape(qkv, (batch, time, 3, heads, width))
+    qk, v = parts[:, :, :2], parts[:, :, 2:]
+    if eps is not None:
+        qk = qk / np.sqrt(np.mean(qk * qk, axis=-1, keepdims=True) + eps)
+    if base is not None:
+        cos, sin = (np.reshape(table, (time, 1, 1, width // 2))
+                    for table in kernels.rotary_angles(time, width, base, qkv.dtype, start))
+        first, second = qk[..., :width // 2], qk[..., width // 2:]
+        qk = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.reshape(np.concatenate([qk, v], axis=2), qkv.shape)
+
+
+@fused(reference=_rotary_reference)
+def _rotary(qkv, heads, *, base, eps, start):
+    y, scales = kernels.rotary_forward(np.ascontiguousarray(qkv), heads, base, eps, start)
+    return y, lambda g: kernels.rotary_backward(np.ascontiguousarray(g), y, scales, heads, base, start)
+
+
+def rotary(qkv, heads, *, base=10_000.0, eps=None, start=0):
+    """Rotate each pair of numbers of queries and keys by an angle that grows with the token's position, so
+    that attention sees distances: packed qkv (B, T, 3C), as `attention` takes it -> (B, T, 3C).
+
+    Number j of a head of width D, which is even, is paired with number j + D/2; the angle is t base^(-2j/D).
+    eps: if given, queries and keys are normalised first, as `qk_norm` does. start: the first token's t.
+    Source: Su et al. 2021.
+    """
+    _check_qkv("rotary", qkv, heads)
+    if qkv.shape[2] // (3 * heads) % 2 or not 0 < base < math.inf or start < 0:
+        raise ValueError(f"rotary: qkv is {qkv.shape}, {heads} heads, base {base}, start {start}; C / heads "
+                         "must be even, base above 0, start at least 0")
+    return _rotary(qkv, heads, base=base, eps=eps, start=start)
+
+
+def qk_norm(qkv, heads, *, eps=1e-6):
+    """Divide each head's query and key by √(mean(x²) + eps), so that their products stay small:
+    packed qkv (B, T, 3C), as `attention` takes it -> (B, T, 3C). Source: Henry et al. 2020.
+    """
+    _check_qkv("qk_norm", qkv, heads)
+    return _rotary(qkv, heads, base=None, eps=eps, start=0)
+
+
+def _check_qkv(op_name: str, qkv: Any, heads: int) -> None:
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"{op_name}: qkv is {qkv.shape}; "
+                         f"it must be (B, T, 3C) with {heads} heads dividing C")
 
 
 # ---- attention ---------------------------------------------------------------------------------------------

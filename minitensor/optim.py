@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     return norm
 
 
-def warmup_cosine(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
+def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float) -> float:
     """The learning rate of a step counted from 0: linear from 0 up to lr, then half a cosine to min_lr."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
@@ -95,6 +95,28 @@ class _Optimizer:
         for p in self.parameters:
             p.grad = None
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What is remembered of earlier steps, as arrays by name, such as "first.0"; memory is shared."""
+        raise NotImplementedError(f"{type(self).__name__} has no state_dict method")
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take what `state_dict` gave; ValueError, and no change, unless names, shapes, dtypes agree."""
+        raise NotImplementedError(f"{type(self).__name__} has no load_state_dict method")
+
+    def _check_state(self, state: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
+                     optional: bool = False) -> None:
+        """ValueError that lists how state and own differ; optional: names may be missing."""
+        problems = [f"missing {name!r}" for name in own if name not in state and not optional]
+        problems += [f"unexpected {name!r}" for name in state if name not in own]
+        for name in own.keys() & state.keys():
+            given, array = state[name], own[name]
+            if given.shape != array.shape or given.dtype != array.dtype:
+                problems.append(f"{name!r} is {given.dtype} {given.shape}, "
+                                f"it must be {array.dtype} {array.shape}")
+        if problems:
+            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
+                             f"{'; '.join(sorted(problems))}")
+
 
 class SGD(_Optimizer):
     """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch).
@@ -125,6 +147,16 @@ class SGD(_Optimizer):
                 g = self.buffers[i] = g.copy() if before is None else self.momentum * before + g
             p.data -= self.lr * g
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The buffer of each parameter that has had a gradient: "buffers.0" and so on; memory is shared."""
+        return {f"buffers.{i}": buffer for i, buffer in enumerate(self.buffers) if buffer is not None}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the buffers that `state_dict` gave; ValueError, and no change, unless they fit."""
+        own = {f"buffers.{i}": p.data for i, p in enumerate(self.parameters)}
+        self._check_state(state, own, optional=True)
+        self.buffers = [state[name].copy() if name in state else None for name in own]
+
 
 class AdamW(_Optimizer):
     """Adam with decoupled weight decay on matrices only (two axes or more): gains and biases do not decay.
@@ -153,8 +185,13 @@ class AdamW(_Optimizer):
         self.second = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> float | None:
-        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any."""
+        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any.
+
+        A norm that is not a finite number changes nothing: the caller sees it and finds all as it was.
+        """
         norm = None if self.max_norm is None else grad_norm(self.parameters)
+        if norm is not None and not math.isfinite(norm):
+            return norm
         scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
@@ -170,3 +207,126 @@ class AdamW(_Optimizer):
             for p in parameters:
                 p.data = p.data                          # so that a graph of the old values notices
         return norm
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The moments, "first.0", "second.0" and so on, sharing memory, and "steps", those of each."""
+        moments = {"first": self.first, "second": self.second}
+        arrays = {f"{name}.{i}": array for name, group in moments.items() for i, array in enumerate(group)}
+        return {**arrays, "steps": np.array(self.steps, np.int64)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Copy what `state_dict` gave; ValueError, and no change, unless names, shapes and dtypes agree."""
+        own = self.state_dict()
+        self._check_state(state, own)
+        if (state["steps"] < 0).any():
+            raise ValueError("load_state_dict: AdamW does not fit: 'steps' has a negative number")
+        for name, array in own.items():
+            array[...] = state[name]
+        self.steps = own["steps"].tolist()
+
+
+class Muon(_Optimizer):
+    """Nesterov's momentum for matrices, each update made nearly orthogonal: a step turns as far in every
+    direction, however much smaller than others its gradient is. With decoupled weight decay.
+    Source: Jordan et al. 2024; equations in kernels/muon.py.
+
+    parts: how many matrices lie one above the other in each parameter, such as 3 in the weight of packed
+    queries, keys and values; 1 each if left out. max_norm: as `AdamW`'s.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95,
+                 weight_decay: float = 0.0, parts: Sequence[int] | None = None,
+                 max_norm: float | None = None):
+        super().__init__(parameters, lr)
+        self.parts = [1] * len(self.parameters) if parts is None else list(parts)
+        if len(self.parts) != len(self.parameters):
+            raise ValueError(f"Muon: parts holds {len(self.parts)} numbers; there are {len(self.parameters)} "
+                             "parameters")
+        for p, count in zip(self.parameters, self.parts, strict=True):
+            if p.ndim != 2 or count < 1 or len(p) % count:
+                raise ValueError(f"Muon: a parameter is {p.shape}; it must be a matrix, or {count} of them "
+                                 "one above the other")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Muon: momentum is {momentum!r}; it must be in [0, 1)")
+        self.momentum, self.weight_decay, self.max_norm = momentum, weight_decay, max_norm
+        self.momenta = [np.zeros_like(p.data) for p in self.parameters]
+
+    def step(self) -> float | None:
+        """As `AdamW.step`."""
+        norm = None if self.max_norm is None else grad_norm(self.parameters)
+        if norm is not None and not math.isfinite(norm):
+            return norm
+        scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
+        alike: dict[Any, list[int]] = {}                 # nearly always one group
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                alike.setdefault(p.dtype, []).append(i)
+        for group in alike.values():
+            parameters = [self.parameters[i] for i in group]
+            kernels.muon([p.data for p in parameters], [_gradient(p) for p in parameters],
+                         [self.momenta[i] for i in group], [self.parts[i] for i in group], self.lr,
+                         self.momentum, self.weight_decay, scale)
+        return norm
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The momenta by name: "momentum.0" and so on; memory is shared."""
+        return {f"momentum.{i}": array for i, array in enumerate(self.momenta)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Copy the momenta that `state_dict` gave; ValueError, and no change, unless all fit."""
+        own = self.state_dict()
+        self._check_state(state, own)
+        for name, array in own.items():
+            array[...] = state[name]
+
+
+class Together:
+    """Several optimizers as one: one norm clips all gradients, and one `lr`, that of the first, moves all
+    learning rates in the proportion in which they began."""
+
+    def __init__(self, optimizers: Iterable[SGD | AdamW | Muon], max_norm: float | None = None):
+        self.optimizers, self.max_norm = list(optimizers), max_norm
+        if not self.optimizers or not self.optimizers[0].lr > 0:
+            raise ValueError("Together: there must be an optimizer, and the first one's lr above 0")
+        self.parameters = [p for optimizer in self.optimizers for p in optimizer.parameters]
+        if len({id(p) for p in self.parameters}) < len(self.parameters):
+            raise ValueError("Together: two optimizers have the same parameter; give each to one")
+        self.factors = [optimizer.lr / self.optimizers[0].lr for optimizer in self.optimizers]
+
+    @property
+    def lr(self) -> float:
+        """The first optimizer's learning rate; setting it sets all of them."""
+        return self.optimizers[0].lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        for optimizer, factor in zip(self.optimizers, self.factors, strict=True):
+            optimizer.lr = lr * factor
+
+    def step(self) -> float | None:
+        """Clip the gradients in place and let each take its step; else as `AdamW.step`."""
+        norm = None if self.max_norm is None else clip_grad_norm(self.parameters, self.max_norm)
+        if norm is not None and not math.isfinite(norm):
+            return norm
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What each optimizer's `state_dict` holds, with its number in front: "1.momentum.0" and so on."""
+        return {f"{n}.{name}": array for n, optimizer in enumerate(self.optimizers)
+                for name, array in optimizer.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Load what `state_dict` gave; ValueError if names or shapes differ."""
+        if unknown := sorted(state.keys() - self.state_dict().keys()):
+            raise ValueError(f"load_state_dict: Together does not fit: unexpected {unknown[0]!r}")
+        for n, optimizer in enumerate(self.optimizers):
+            own = f"{n}."
+            optimizer.load_state_dict({name.removeprefix(own): array for name, array in state.items()
+                                       if name.startswith(own)})

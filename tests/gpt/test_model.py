@@ -11,13 +11,17 @@ from gpt.config import Config
 from gpt.data import batch
 from gpt.generate import choose, generate
 from gpt.model import GPT
+from gpt.optimizer import make_optimizer
 from gpt.train import evaluate
 from minitensor.optim import AdamW
 from minitensor.tensor import unfused
 
-GOLDEN = Path(__file__).with_name("golden.json")
 SMALL = Config(layers=2, heads=2, width=32, context=16, batch=4, lr=1e-2, beta2=0.99)
 WITH_BIAS = Config(layers=2, heads=2, width=32, context=16, batch=4, lr=1e-2, beta2=0.99, bias=True)
+MODERN = Config(layers=2, heads=2, width=32, context=16, batch=4, lr=1e-2, muon_lr=1e-2, beta2=0.99,
+                positions="rotary", qk_norm=True, mlp="relu2", optimizer="muon")
+NORM_ALONE = Config(layers=1, heads=2, width=32, context=16, batch=4, lr=1e-2, beta2=0.99, qk_norm=True)
+GOLDEN = {"golden.json": WITH_BIAS, "golden_modern.json": MODERN}
 VOCABULARY, STEPS = 19, 10
 # Adam's first steps divide a gradient by its own size, so that one that has cancelled down to what float32
 # rounds off (1e-8 here) moves its weight by a part of the learning rate that is chance, in PyTorch too.
@@ -37,8 +41,8 @@ def make(config, dtype=np.float32, seed=1):
 def ten_steps(config, dtype):
     """The losses, the gradients by name and step, and the weights at the end."""
     model = make(config, dtype)
-    optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), EPS[dtype], config.decay,
-                      config.clip)
+    optimizer = make_optimizer(model, config)
+    getattr(optimizer, "optimizers", [optimizer])[0].eps = EPS[dtype]
     losses, gradients = [], {}
     for step in range(STEPS):
         x, y = batch(IDS, config.batch, config.context, 0, step)
@@ -57,10 +61,7 @@ def ten_steps_of_the_peer(config, dtype):
     peer = torch_peer.build(config, VOCABULARY).to(getattr(torch, np.dtype(dtype).name))
     torch_peer.load(peer, make(config, dtype).state_dict())
     parameters = dict(peer.named_parameters())
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.decay},
-        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
-    ], lr=config.lr, betas=(config.beta1, config.beta2), eps=EPS[dtype])
+    optimizers = torch_peer.optimizers(peer, config, EPS[dtype])
     losses, gradients = [], {}
     for step in range(STEPS):
         pair = batch(IDS, config.batch, config.context, 0, step)
@@ -69,13 +70,15 @@ def ten_steps_of_the_peer(config, dtype):
         loss.backward()
         gradients |= {f"{name}, step {step}": p.grad.numpy().copy() for name, p in parameters.items()}
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     return losses, gradients, {name: p.detach().numpy() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("config", [SMALL, WITH_BIAS], ids=["plain", "bias"])
+@pytest.mark.parametrize("config", [SMALL, WITH_BIAS, MODERN, NORM_ALONE],
+                         ids=["plain", "bias", "modern", "norm"])
 @pytest.mark.parametrize(("dtype", "of_losses", "of_gradients"),
                          [(np.float64, 1e-10, 1e-8), (np.float32, 1e-4, 1e-4)], ids=["float64", "float32"])
 def test_ten_steps_are_pytorchs(config, dtype, of_losses, of_gradients):
@@ -93,10 +96,11 @@ def test_ten_steps_are_pytorchs(config, dtype, of_losses, of_gradients):
             np.testing.assert_allclose(w, expected_weights[name], rtol=0, atol=1e-8, err_msg=name)
 
 
-def test_ten_steps_are_the_golden_run():
-    """Recorded from PyTorch in float64: `python -m tests.gpt.test_model` records it again."""
-    golden = json.loads(GOLDEN.read_text())
-    losses, _, weights = ten_steps(WITH_BIAS, np.float64)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_ten_steps_are_the_golden_run(name):
+    """Recorded from PyTorch in float64: `python -m tests.gpt.test_model` records them again."""
+    golden = json.loads(Path(__file__).with_name(name).read_text())
+    losses, _, weights = ten_steps(GOLDEN[name], np.float64)
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-10)
     assert weights.keys() == golden["norms"].keys()
     for name, w in weights.items():
@@ -201,9 +205,11 @@ def test_choose_draws_from_the_softmax():
 
 
 if __name__ == "__main__":
-    losses, _, weights = ten_steps_of_the_peer(WITH_BIAS, np.float64)
-    norms = {name: float(np.linalg.norm(w)) for name, w in weights.items()}
-    GOLDEN.write_text(json.dumps({"losses": losses, "norms": norms}, indent=1) + "\n")
+    for file, config in GOLDEN.items():
+        losses, _, weights = ten_steps_of_the_peer(config, np.float64)
+        norms = {name: float(np.linalg.norm(w)) for name, w in weights.items()}
+        found = json.dumps({"losses": losses, "norms": norms}, indent=1)
+        Path(__file__).with_name(file).write_text(found + "\n")
 
 
 def test_validation_is_the_mean_over_every_token_but_the_first():

@@ -34,8 +34,17 @@ def matmul(dtype):
 
 def linear(dtype):
     x, weight, bias = normal(N, 2 * C, dtype=dtype), normal(C, 2 * C, dtype=dtype), normal(C, dtype=dtype)
-    return (K.linear_forward(x, weight)[0], *K.linear_forward(x, weight, bias, False),
-            *K.linear_forward(x, weight, bias, True))
+    return (K.linear_forward(x, weight)[0], *K.linear_forward(x, weight, bias, "gelu"),
+            *K.linear_forward(x, weight, bias, "gelu_tanh"), *K.linear_forward(x, weight, bias, "relu2"))
+
+
+def rotary(dtype):
+    qkv, dy = normal(2, T, 3 * H * (D + 1), dtype=dtype), normal(2, T, 3 * H * (D + 1), dtype=dtype, seed=1)
+    results = []
+    for base, eps in ((100.0, 1e-6), (100.0, None), (None, 1e-6)):
+        y, scales = K.rotary_forward(qkv, H, base, eps, 3)
+        results += [y, scales, K.rotary_backward(dy, y, scales, H, base, 3)]
+    return *results, *K.rotary_angles(T, 2 * D, 100.0, np.dtype(dtype), 3)
 
 
 def attention(dtype):
@@ -70,6 +79,11 @@ def gelu(dtype):
                  for r in (K.gelu_forward(x, approximate), K.gelu_backward(dy, x, approximate)))
 
 
+def relu2(dtype):
+    x, dy = normal(N, C, dtype=dtype), normal(N, C, dtype=dtype, seed=1)
+    return K.relu2_forward(x), K.relu2_backward(dy, x)
+
+
 def dropout(dtype):
     return (K.dropout(normal(N, C, dtype=dtype), 0.3, 5),)
 
@@ -91,8 +105,15 @@ def adamw(dtype):
     return total, p, m, v
 
 
-CASES = [embedding, layernorm, matmul, linear, attention, cross_attention, softmax, gelu, dropout,
-         cross_entropy, adamw]
+def muon(dtype):
+    shapes, parts = [(3 * 20, 33), (20, 33), (C, 33), (33, C)], [3, 1, 1, 1]
+    p, g, b = ([normal(*shape, dtype=dtype, seed=seed) for shape in shapes] for seed in range(3))
+    K.muon(p, g, b, parts, 1e-2, 0.9, 0.1, scale=0.5)
+    return *p, *b, K.orthogonal(normal(3, 33, 20, dtype=dtype)), K.orthogonal(normal(3, 20, C, dtype=dtype))
+
+
+CASES = [embedding, layernorm, matmul, linear, rotary, attention, cross_attention, softmax, gelu, relu2,
+         dropout, cross_entropy, adamw, muon]
 
 
 def hashes(dtype):

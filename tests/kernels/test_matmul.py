@@ -105,7 +105,7 @@ def test_same_bits_on_one_and_two_threads(dtype, one_and_two_threads, same_bits)
 
         def run(a=a, b=b, bias=bias):
             product = kernels.matmul(a, b, transpose_b=True)
-            return product, *kernels.linear_forward(a, b, bias, True), kernels.column_sum(a)
+            return product, *kernels.linear_forward(a, b, bias, "gelu_tanh"), kernels.column_sum(a)
         same_bits(*one_and_two_threads(run), f"{m}, {k}, {n}")
 
 
@@ -129,29 +129,31 @@ def test_nan_and_infinity_stay_in_their_row_or_column(dtype, value, same_bits):
     same_bits([c[:, :40]], [clean[:, :40]])
 
 
-def gelu(x, approximate):
-    if approximate:
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu2": lambda x: np.maximum(x, 0)**2,
+}
 
 
 @BOTH
-@pytest.mark.parametrize("approximate", [None, False, True])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear(dtype, approximate, biased, close):
+def test_linear(dtype, activation, biased, close):
     for n, k, m in [(1, 1, 1), (2, 3, 33), (31, 65, 127), (33, 257, 65), (3, 513, 4099), (97, 2, 31),
                     (65, 0, 3)]:
         x, weight, bias = normal(n, k, dtype=dtype), normal(m, k, dtype=dtype, seed=1), normal(m, dtype=dtype)
-        y, before = kernels.linear_forward(x, weight, bias if biased else None, approximate)
+        y, before = kernels.linear_forward(x, weight, bias if biased else None, activation)
         assert y.dtype == before.dtype == dtype
         x, weight, bias = (v.astype(np.float64) for v in (x, weight, bias * biased))
         size = np.abs(x) @ np.abs(weight.T) + np.abs(bias)
         close(before, x @ weight.T + bias, size, k + 3, f"{n}, {k}, {m}")
-        if approximate is None:
+        if activation is None:
             assert y is before
         else:
             before = before.astype(np.float64)
-            close(y, gelu(before, approximate), np.abs(before), 8, f"{n}, {k}, {m}")
+            expected = ACTIVATIONS[activation](before)
+            close(y, expected, expected if activation == "relu2" else np.abs(before), 8, f"{n}, {k}, {m}")
 
 
 @BOTH
@@ -161,24 +163,26 @@ def test_linear_is_a_product_whose_sums_start_from_the_bias_to_the_bit(dtype, sa
     same_bits(kernels.linear_forward(x, weight), (product, product))
     x_and_one, with_bias = np.insert(x, 0, 1, axis=1), np.insert(weight, 0, bias, axis=1)
     product = kernels.matmul(x_and_one, with_bias, transpose_b=True)
-    same_bits([kernels.linear_forward(x, weight, bias, False)[1]], [product])
+    same_bits([kernels.linear_forward(x, weight, bias, "gelu")[1]], [product])
 
 
 def test_linear_without_rows_or_columns():
     for n, m in ((0, 4), (4, 0), (0, 0)):
-        for approximate in (None, True):
-            y, before = kernels.linear_forward(np.ones((n, 3)), np.ones((m, 3)), np.ones(m), approximate)
+        for activation in (None, "gelu_tanh", "relu2"):
+            y, before = kernels.linear_forward(np.ones((n, 3)), np.ones((m, 3)), np.ones(m), activation)
             assert y.shape == before.shape == (n, m)
 
 
 @BOTH
 def test_linear_keeps_nan_in_its_row(dtype, same_bits):
     x, weight, bias = normal(20, 40, dtype=dtype), normal(33, 40, dtype=dtype), normal(33, dtype=dtype)
-    clean = kernels.linear_forward(x, weight, bias, True)
-    x[7, 3] = np.nan
-    for y, was in zip(kernels.linear_forward(x, weight, bias, True), clean, strict=True):
-        assert np.isnan(y[7]).all()
-        same_bits([np.delete(y, 7, 0)], [np.delete(was, 7, 0)])
+    bad = x.copy()
+    bad[7, 3] = np.nan
+    for activation in ("gelu_tanh", "relu2"):
+        clean = kernels.linear_forward(x, weight, bias, activation)
+        for y, was in zip(kernels.linear_forward(bad, weight, bias, activation), clean, strict=True):
+            assert np.isnan(y[7]).all()
+            same_bits([np.delete(y, 7, 0)], [np.delete(was, 7, 0)])
 
 
 @BOTH
@@ -225,6 +229,9 @@ def test_linear_names_the_wrong_argument():
             (TypeError, "bias", (x, weight, bias.astype(np.float32)))]:
         with pytest.raises(error, match=f"linear_forward: {name} "):
             kernels.linear_forward(*arguments)
+    for activation in ("relu", True):
+        with pytest.raises(ValueError, match=r"linear_forward: activation is .*; it must be None or one of"):
+            kernels.linear_forward(x, weight, bias, activation)
 
 
 # ---- products in bfloat16 ----------------------------------------------------------------------------------
@@ -276,7 +283,7 @@ def test_bf16_batches_and_epilogue(bf16, close):
     check_product(close, kernels.matmul(a, b), as_bf16(a), as_bf16(b))
     x, weight = a[0], np.ascontiguousarray(b[0].T)
     bias = normal(40, dtype=np.float32)
-    y, before = kernels.linear_forward(x, weight, bias, False)
+    y, before = kernels.linear_forward(x, weight, bias, "gelu")
     close(before, as_bf16(x) @ as_bf16(weight).T + bias, np.abs(x) @ np.abs(weight.T) + np.abs(bias), 34)
     np.testing.assert_array_equal(y, kernels.gelu_forward(before))
 

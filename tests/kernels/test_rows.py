@@ -158,6 +158,9 @@ CASES = [
     *(Case(f"gelu backward, approximate {a}", lambda dy, x, a=a: K.gelu_backward(dy, x, a), two,
            lambda dy, x, a=a: gelu_backward(dy, x, a), lambda dy, x: np.abs(dy) * (1 + x * x))
       for a in (False, True)),
+    Case("relu2", K.relu2_forward, one, lambda x: np.maximum(x, 0)**2, lambda x: x * x),
+    Case("relu2 backward", K.relu2_backward, two, lambda dy, x: 2 * dy * np.maximum(x, 0),
+         lambda dy, x: np.abs(dy * x)),
 ]
 NAMES = [case.name for case in CASES]
 
@@ -204,7 +207,8 @@ def test_layernorm_takes_eps(close):
 
 def test_gelu_takes_any_shape(same_bits):
     x = normal(2, 3, 5, 7)
-    for y in (K.gelu_forward(x), K.gelu_backward(x, x), K.dropout(x, 0.5, 1)):
+    for y in (K.gelu_forward(x), K.gelu_backward(x, x), K.relu2_forward(x), K.relu2_backward(x, x),
+              K.dropout(x, 0.5, 1)):
         assert y.shape == x.shape
     same_bits([K.gelu_forward(x).ravel()], [K.gelu_forward(x.ravel())])
     assert K.gelu_forward(np.array(1.0)).shape == ()
@@ -241,6 +245,8 @@ SPECIAL = [
        lambda x, a=a: gelu(x, a)) for a in (False, True)),
     *((f"gelu backward, approximate {a}", lambda x, a=a: K.gelu_backward(x, x, a),
        lambda x, a=a: gelu_backward(x, x, a)) for a in (False, True)),
+    ("relu2", K.relu2_forward, lambda x: np.maximum(x, 0)**2),
+    ("relu2 backward", lambda x: K.relu2_backward(np.ones_like(x), x), lambda x: 2 * np.maximum(x, 0)),
     ("dropout", lambda x: K.dropout(x, 0.0, 1), lambda x: x),
 ]
 
@@ -572,6 +578,8 @@ ARGUMENTS = [
      {"dy": [(3,)], "x": [(3, 4), (5, 3)], "gain": [(4,)], "mean": [(3,), (4, 1)], "rstd": [(5,)]}),
     (K.gelu_forward, {"x": X}, {}),
     (K.gelu_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
+    (K.relu2_forward, {"x": X}, {}),
+    (K.relu2_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
     (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
     (K.cross_entropy_forward, {"logits": X, "targets": IDS},
      {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
@@ -584,6 +592,13 @@ ARGUMENTS = [
     (lambda *arrays: K.adamw(*([x] for x in arrays), [0.0], 1, 1e-3, 0.9, 0.9, 1e-8),
      {"parameters": X, "gradients": X, "firsts": X, "seconds": X},
      {"gradients": [(3, 4)], "firsts": [(12,)], "seconds": [(4,)]}),
+    (lambda *arrays: K.muon(*([x] for x in arrays), [1], 1e-3, 0.9, 0.1),
+     {"parameters": X, "gradients": X, "momenta": X}, {"gradients": [(3, 4)], "momenta": [(12,)]}),
+    (K.orthogonal, {"x": np.ones((2, 4, 3))}, {"x": [(4, 3)]}),
+    (lambda qkv: K.rotary_forward(qkv, 1), {"qkv": np.ones((2, 4, 6))}, {"qkv": [(4, 6), (2, 4, 9)]}),
+    (lambda dy, y, scales: K.rotary_backward(dy, y, scales, 1),
+     {"dy": np.ones((2, 4, 6)), "y": np.ones((2, 4, 6)), "scales": np.ones((8, 2))},
+     {"dy": [(4, 6)], "y": [(2, 4, 9)], "scales": [(8, 1), (7, 2)]}),
     (lambda qkv: K.attention_forward(qkv, 1), {"qkv": np.ones((2, 4, 3))}, {"qkv": [(4, 3), (2, 4, 4)]}),
     (lambda *arrays: K.attention_backward(*arrays, 1), {"dout": np.ones((2, 4, 1)), **ATTENTION},
      {"dout": [(2, 4, 3), (4, 1)], "qkv": [(4, 3), (2, 4, 4)], "out": [(2, 5, 1)],

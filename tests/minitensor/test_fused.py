@@ -23,6 +23,9 @@ from minitensor import (
     layernorm,
     linear,
     log_softmax,
+    qk_norm,
+    relu2,
+    rotary,
     softmax,
 )
 from minitensor.tensor import Tensor, fused, grad, no_grad, unfused
@@ -87,6 +90,13 @@ def masked(shapes):
     return with_mask
 
 
+def rotary_shapes(draw, size):
+    """Heads of even width, and a queries-and-keys norm in every second case."""
+    (batch, time, width), options = (value := attention_shapes(draw, size))[0][0], value[1]
+    eps, start = draw(st.sampled_from([None, 1e-6])), draw(st.integers(0, 40))
+    return [(batch, time, 2 * width)], {**options, "eps": eps, "start": start}
+
+
 def dropped(shapes):
     """The same shapes, with a probability and a seed among the options."""
     def with_dropout(draw, size):
@@ -135,6 +145,23 @@ def torch_cross_attention(F, q, kv, heads, causal=False, mask=None, p=0.0, seed=
     return y.transpose(1, 2).flatten(2)
 
 
+def torch_rotary(F, qkv, heads, base=10_000.0, eps=None, start=0):
+    """By complex numbers: a pair is one, and turning it is a product."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    q, k, v = (x.unflatten(2, (heads, -1)) for x in qkv.split(qkv.shape[2] // 3, dim=2))
+    width, angles = q.shape[3], torch.arange(start, start + qkv.shape[1], dtype=torch.float64)
+    turned = []
+    for x in (q, k):
+        x = x if eps is None else F.rms_norm(x, (width,), eps=eps)
+        if base is not None:
+            frequencies = base ** (torch.arange(0, width, 2, dtype=torch.float64) / -width)
+            turns = torch.exp(1j * angles[:, None] * frequencies)[:, None]
+            pairs = torch.complex(*x.chunk(2, dim=3)) * turns
+            x = torch.cat([pairs.real, pairs.imag], dim=3)
+        turned.append(x)
+    return torch.cat([x.flatten(2) for x in (*turned, v)], dim=2)
+
+
 def torch_dropout(F, x, p, seed):
     return x * torch_tensor(flat_mask(tuple(x.shape), p, seed)) / (1 - p)
 
@@ -167,7 +194,8 @@ def alternating(random, shape):
 
 
 linear_biased, layernorm_biased = (functools.partial(f, bias=True) for f in (linear_shapes, layernorm_shapes))
-linear_gelu, linear_gelu_tanh = (functools.partial(linear, activation=a) for a in ("gelu", "gelu_tanh"))
+linear_gelu, linear_gelu_tanh, linear_relu2 = (functools.partial(linear, activation=a)
+                                               for a in ("gelu", "gelu_tanh", "relu2"))
 CASES = [
     Case("linear", linear, lambda F, x, w: F.linear(x, w), linear_shapes),
     Case("linear bias", linear, lambda F, x, w, b: F.linear(x, w, b), linear_biased),
@@ -177,15 +205,21 @@ CASES = [
          lambda F, x, w: F.gelu(F.linear(x, w), approximate="tanh"), linear_shapes),
     Case("linear bias gelu_tanh", linear_gelu_tanh,
          lambda F, x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), linear_biased),
+    Case("linear relu2", linear_relu2, lambda F, x, w: F.relu(F.linear(x, w))**2, linear_shapes),
+    Case("linear bias relu2", linear_relu2, lambda F, x, w, b: F.relu(F.linear(x, w, b))**2, linear_biased),
     Case("gelu", gelu, lambda F, x: F.gelu(x), anything),
     Case("gelu tanh", functools.partial(gelu, approximate="tanh"),
          lambda F, x: F.gelu(x, approximate="tanh"), anything),
+    Case("relu2", relu2, lambda F, x: F.relu(x)**2, anything),
     Case("layernorm", layernorm, lambda F, x, w: F.layer_norm(x, w.shape, w), layernorm_shapes),
     Case("layernorm bias", layernorm, lambda F, x, w, b: F.layer_norm(x, w.shape, w, b), layernorm_biased),
     Case("layernorm eps", functools.partial(layernorm, eps=0.1),
          lambda F, x, w: F.layer_norm(x, w.shape, w, eps=0.1), layernorm_shapes),
     Case("softmax", softmax, lambda F, x, axis: F.softmax(x, axis), axis_shapes),
     Case("log_softmax", log_softmax, lambda F, x, axis: F.log_softmax(x, axis), axis_shapes),
+    Case("rotary", rotary, torch_rotary, rotary_shapes),
+    Case("rotary as qk_norm", qk_norm, functools.partial(torch_rotary, base=None, eps=1e-6),
+         attention_shapes),
     Case("attention causal", attention, torch_attention, attention_shapes),
     Case("attention", functools.partial(attention, causal=False),
          functools.partial(torch_attention, causal=False), attention_shapes),
@@ -373,7 +407,9 @@ def test_no_rows_and_single_rows(rows, dtype):
     for f, arrays, shape in [
         (linear, (x, weight), (*rows[:-1], 4)), (linear, (x, weight, bias[:4]), (*rows[:-1], 4)),
         (linear_gelu, (x, weight, bias[:4]), (*rows[:-1], 4)),
-        (gelu, (x,), rows), (layernorm, (x, bias), rows), (layernorm, (x, bias, bias), rows),
+        (linear_relu2, (x, weight), (*rows[:-1], 4)),
+        (gelu, (x,), rows), (relu2, (x,), rows), (layernorm, (x, bias), rows),
+        (layernorm, (x, bias, bias), rows),
         (softmax, (x,), rows), (log_softmax, (x,), rows), (functools.partial(dropout, p=0.5), (x,), rows),
         (functools.partial(embedding, ids), (weight,), (*rows[:-1], 5)),
         (lambda x: cross_entropy(x, ids, reduction="none"), (x,), rows[:-1]),
@@ -518,7 +554,7 @@ def test_dropout_keeps_the_mean():
     (ValueError, r"inner sizes differ: x is \(2, 6\), weight is \(6,\)", lambda x: linear(x, np.ones(6))),
     (ValueError, r"linear: inner sizes differ: x is \(\)", lambda x: linear(x[0, 0], np.ones((4, 6)))),
     (ValueError, r"bias has shape \(3,\); it must be", lambda x: linear(x, np.ones((4, 6)), np.ones(3))),
-    (ValueError, "linear: activation is 'relu'; it must be None, 'gelu' or 'gelu_tanh'",
+    (ValueError, "linear: activation is 'relu'; it must be None or one of 'gelu', 'gelu_tanh', 'relu2'",
      lambda x: linear(x, np.ones((4, 6)), activation="relu")),
     (TypeError, "linear: float32 and float64 are mixed", lambda x: linear(x, np.ones((4, 6), np.float32))),
     (ValueError, "gelu: approximate is 'erf'; it must be 'none' or 'tanh'", lambda x: gelu(x, "erf")),
@@ -529,6 +565,11 @@ def test_dropout_keeps_the_mean():
     (ValueError, r"attention: qkv is \(2, 6\); it must be \(B, T, 3C\)", lambda x: attention(x, 2)),
     (ValueError, "with 3 heads dividing C", lambda x: attention(x[None], 3)),
     (ValueError, "with 0 heads dividing C", lambda x: attention(x[None], 0)),
+    (ValueError, r"rotary: qkv is \(2, 6\); it must be \(B, T, 3C\)", lambda x: rotary(x, 1)),
+    (ValueError, r"rotary: qkv is \(1, 2, 6\), 2 heads, .* must be even", lambda x: rotary(x[None], 2)),
+    (ValueError, r"base 0, start 0; .* base above 0", lambda x: rotary(x[None], 1, base=0)),
+    (ValueError, r"start -1; .* start at least 0", lambda x: rotary(x[None], 1, start=-1)),
+    (ValueError, "qk_norm: .* with 3 heads dividing C", lambda x: qk_norm(x[None], 3)),
     (ValueError, r"p is 1.0; .* must be in \[0, 1\)", lambda x: attention(x[None], 2, p=1.0)),
     (TypeError, "attention: mask is an array of float64; it must be an array of bool",
      lambda x: attention(x[None], 2, mask=np.ones((1, 2)))),

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from minitensor.optim import SGD, AdamW, clip_grad_norm, grad_norm, warmup_cosine
+from minitensor.optim import SGD, AdamW, Muon, Together, clip_grad_norm, grad_norm, warmup_cosine
 from minitensor.tensor import Tensor
 
 SHAPES = [(5, 3), (3,), (), (2, 3, 4), (1, 1)]
@@ -220,3 +220,193 @@ def test_what_cannot_be_trained_is_an_error():
     for betas in ((2, 3), 0.9, (0.9,)):
         with pytest.raises(ValueError, match=r"AdamW: betas is .*; it must be two numbers"):
             AdamW([p], betas=betas)
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, 0.1, max_norm=1.0), lambda p: SGD(p, 0.1, momentum=0.9),
+                                  lambda p: SGD(p, 0.1)], ids=["AdamW", "momentum", "SGD"])
+def test_a_state_that_is_loaded_goes_on_in_every_bit(make):
+    def steps(optimizer, ours, first, last):
+        for step in range(first, last):
+            for i, (p, g) in enumerate(zip(ours, arrays(1 + step, np.float32), strict=True)):
+                p.grad = None if i == 1 and step < 2 else Tensor(g)          # one that starts late
+            optimizer.step()
+    whole, halves = parameters(np.float32), parameters(np.float32)
+    steps(make(whole), whole, 0, 6)
+    before = make(halves)
+    steps(before, halves, 0, 3)
+    after, state = make(halves), {name: array.copy() for name, array in before.state_dict().items()}
+    after.load_state_dict(before.state_dict())
+    steps(after, halves, 3, 6)
+    for p, q in zip(whole, halves, strict=True):
+        assert p.data.tobytes() == q.data.tobytes()
+    for name, array in state.items():
+        assert np.array_equal(array, before.state_dict()[name]), "what is loaded is copied"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda s: s.pop("first.2"), "missing 'first.2'"),
+    (lambda s: s.update({"third.0": np.zeros(1)}), "unexpected 'third.0'"),
+    (lambda s: s.update({"second.1": np.zeros(4)}), r"'second.1' is float64 \(4,\), it must be float64 \("),
+    (lambda s: s.update({"steps": np.zeros(5)}), r"'steps' is float64 \(5,\), it must be int64 \(5,\)"),
+    (lambda s: s.update({"steps": np.full(5, -1)}), "'steps' has a negative number"),
+])
+def test_a_state_that_does_not_fit_changes_nothing(change, said):
+    optimizer = AdamW(parameters(), 0.1)
+    state = {name: array + 1 for name, array in optimizer.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=f"load_state_dict: AdamW does not fit: {said}"):
+        optimizer.load_state_dict(state)
+    assert not any(array.any() for array in optimizer.state_dict().values())
+    with pytest.raises(ValueError, match=r"SGD does not fit: unexpected 'first.0'"):
+        SGD(parameters(), 0.1).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(bad):
+    ours = parameters()
+    optimizer = AdamW(ours, 0.1, max_norm=1.0)
+    for p in ours:
+        p.grad = Tensor(np.ones_like(p.data))
+    ours[0].grad.data[0, 0] = bad
+    assert not np.isfinite(optimizer.step())
+    for p, before in zip(ours, parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, before.data)
+    assert not any(array.any() for array in optimizer.state_dict().values())
+# ---- Muon --------------------------------------------------------------------------------------------------
+
+MATRICES = [(6, 6), (18, 6), (24, 6), (6, 24)]
+
+
+def matrices(seed, dtype=np.float64):
+    return [np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype) for shape in MATRICES]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.3},
+])
+def test_muon_is_torchs_up_to_its_bfloat16(options):
+    """PyTorch rounds to bfloat16 all the way; five steps enlarge that where singular values are small.
+
+    tests/gpt/torch_peer.py has the same without rounding: ten steps of a model agree with it to 1e-10.
+    """
+    torch = pytest.importorskip("torch", **WITH_TORCH)
+    options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, **options}
+    ours = [Tensor(x, requires_grad=True) for x in matrices(0)]
+    theirs = [torch.tensor(x, requires_grad=True) for x in matrices(0)]
+    optimizer, torch_optimizer = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(10):
+        before = [p.numpy().copy() for p in ours]
+        for p, q, g, start in zip(ours, theirs, matrices(1 + step), before, strict=True):
+            p.grad, q.grad = Tensor(g.copy()), torch.tensor(g)
+            with torch.no_grad():
+                q.copy_(torch.tensor(start))
+        assert optimizer.step() is None
+        torch_optimizer.step()
+        for p, q, start in zip(ours, theirs, before, strict=True):
+            moved, expected = p.numpy() - start, q.detach().numpy() - start
+            assert np.linalg.norm(moved - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_muons_parts_are_parameters_of_their_own():
+    packed = Tensor(matrices(0)[1], requires_grad=True)
+    apart = [Tensor(x.copy(), requires_grad=True) for x in np.split(packed.data, 3)]
+    g = matrices(1)[1]
+    packed.grad = Tensor(g)
+    for p, part in zip(apart, np.split(g, 3), strict=True):
+        p.grad = Tensor(part)
+    Muon([packed], parts=[3]).step()
+    Muon(apart).step()
+    np.testing.assert_array_equal(packed.numpy(), np.concatenate([p.numpy() for p in apart]))
+
+
+def test_muons_step_has_one_size_whatever_the_gradients():
+    """Each update has singular values near 1, times √(rows / columns) where a matrix is tall."""
+    for shape in MATRICES:
+        p = Tensor(np.zeros(shape), requires_grad=True)
+        p.grad = Tensor(1e-5 * matrices(1)[MATRICES.index(shape)])
+        Muon([p], lr=1.0).step()
+        values = np.linalg.svd(p.numpy(), compute_uv=False) / np.sqrt(max(1, shape[0] / shape[1]))
+        assert 0.6 < values.min() and values.max() < 1.25
+
+
+def test_together_clips_by_one_norm_and_moves_all_rates():
+    (first, second), (alone, other) = ([Tensor(x, requires_grad=True) for x in matrices(0)[:2]]
+                                       for _ in range(2))
+    adamw, muon = AdamW([first], 0.01), Muon([second], 0.04)
+    both = Together([adamw, muon], max_norm=0.5)
+    both.lr = 0.005
+    assert (adamw.lr, muon.lr, both.lr) == (0.005, 0.02, 0.005)
+    for p, q, g in zip((first, second), (alone, other), matrices(1)[:2], strict=True):
+        p.grad, q.grad = Tensor(g.copy()), Tensor(g.copy())
+    norm = clip_grad_norm([alone, other], 0.5)
+    assert both.step() == norm
+    AdamW([alone], 0.005).step()
+    Muon([other], 0.02).step()
+    np.testing.assert_array_equal(first.numpy(), alone.numpy())
+    np.testing.assert_array_equal(second.numpy(), other.numpy())
+    both.zero_grad()
+    assert first.grad is None and second.grad is None
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: Muon(ps, max_norm=1.0),
+    lambda ps: Together([AdamW(ps[:1], 0.01), Muon(ps[1:], 0.02)], max_norm=1.0),
+], ids=["Muon", "Together"])
+def test_muon_and_adamw_together_change_nothing_at_a_norm_that_is_not_finite(make):
+    parameters = [Tensor(x, requires_grad=True) for x in matrices(0)]
+    optimizer = make(parameters)
+    for p, g in zip(parameters, matrices(1), strict=True):
+        p.grad = Tensor(g)
+    parameters[2].grad.data[0, 0] = np.nan
+    state = {name: array.copy() for name, array in optimizer.state_dict().items()}
+    assert np.isnan(optimizer.step())
+    for p, x in zip(parameters, matrices(0), strict=True):
+        np.testing.assert_array_equal(p.numpy(), x)
+    assert all(np.array_equal(array, state[name]) for name, array in optimizer.state_dict().items())
+
+
+def test_muon_and_together_go_on_from_their_state():
+    """Three steps, the state into a new optimizer, three more: the bits of six steps."""
+    def make():
+        parameters = [Tensor(x, requires_grad=True) for x in matrices(0)]
+        return parameters, Together([AdamW(parameters[:2], 0.01), Muon(parameters[2:], 0.02)])
+
+    def steps(parameters, optimizer, numbers):
+        for step in numbers:
+            for p, g in zip(parameters, matrices(1 + step), strict=True):
+                p.grad = Tensor(g)
+            optimizer.step()
+
+    whole, optimizer = make()
+    steps(whole, optimizer, range(6))
+    half, optimizer = make()
+    steps(half, optimizer, range(3))
+    rest, another = make()
+    assert set(another.state_dict()) == {"0.first.0", "0.first.1", "0.second.0", "0.second.1", "0.steps",
+                                         "1.momentum.0", "1.momentum.1"}
+    another.load_state_dict(optimizer.state_dict())
+    for p, q in zip(rest, half, strict=True):
+        p.data[...] = q.data
+    steps(rest, another, range(3, 6))
+    for p, q in zip(rest, whole, strict=True):
+        np.testing.assert_array_equal(p.numpy(), q.numpy())
+    state = optimizer.state_dict()
+    square = np.zeros((2, 2))
+    for wrong in ({}, {**state, "1.momentum.1": square}, {**state, "1.momentum.2": square},
+                  {**state, "2.momentum.0": square}):
+        with pytest.raises(ValueError, match="load_state_dict"):
+            another.load_state_dict(wrong)
+
+
+def test_what_muon_and_together_cannot_take_is_an_error():
+    p, q = (Tensor(x, requires_grad=True) for x in matrices(0)[:2])
+    vector = Tensor(np.ones(3), requires_grad=True)
+    for make, said in ((lambda: Muon([vector]), r"Muon: a parameter is \(3,\); it must be a matrix"),
+                       (lambda: Muon([p], parts=[4]), r"is \(6, 6\); it must be a matrix, or 4 of them"),
+                       (lambda: Muon([p, q], parts=[1]), "parts holds 1 numbers; there are 2"),
+                       (lambda: Muon([p], momentum=1.0), r"momentum is 1.0; it must be in \[0, 1\)"),
+                       (lambda: Together([]), "there must be an optimizer"),
+                       (lambda: Together([Muon([p], 0.0)]), "the first one's lr above 0"),
+                       (lambda: Together([Muon([p]), AdamW([q, p])]), "have the same parameter")):
+        with pytest.raises(ValueError, match=said):
+            make()

@@ -1,0 +1,122 @@
+"""A loss or a gradient that is not finite ends the run and is traced; what was saved stays."""
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+import minitensor as mt
+from gpt import command
+from gpt import train as module
+from gpt.checkpoint import load_run
+from gpt.verse import verse
+
+TINY = ["--recipe", "classic", "--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch",
+        "4", "--steps", "8", "--eval-every", "2", "--sample", "0", "--dropout", "0.2", "--quiet"]
+
+
+@contextlib.contextmanager
+def stand_in():
+    """Until `minitensor.detect_nan` is there: it looks at the loss alone."""
+    def checked(*inputs, **options):
+        loss = plain(*inputs, **options)
+        if not np.isfinite(loss.numpy()).all():
+            raise FloatingPointError("op 'cross_entropy' gave nan at here.py:1")
+        return loss
+    plain, mt.cross_entropy = mt.cross_entropy, checked
+    try:
+        yield
+    finally:
+        mt.cross_entropy = plain
+
+
+@pytest.fixture(autouse=True)
+def detector(monkeypatch):
+    if not hasattr(mt, "detect_nan"):
+        monkeypatch.setattr(mt, "detect_nan", stand_in, raising=False)
+
+
+@pytest.fixture
+def train(tmp_path):
+    (tmp_path / "verse.txt").write_text(verse(3000))
+
+    def run(*more):
+        data, out = str(tmp_path / "verse.txt"), str(tmp_path / "out")
+        return command.main([*TINY, "--data", data, "--out", out, *more])
+    return run
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """A function that has a step's model and batch go through `change` before its loss is taken."""
+    def at_step(n, change):
+        plain, calls = module.loss_and_gradients, []
+
+        def spoilt(model, x, y, micro_batch):
+            calls.append(None)
+            loss = plain(model, x, y, micro_batch)
+            losses.append(loss)
+            return change(model, loss) if len(calls) == n else loss
+        monkeypatch.setattr(module, "loss_and_gradients", spoilt)
+        losses = []
+        return losses
+    return at_step
+
+
+def test_a_gradient_is_traced_to_its_parameter(train, tmp_path, spoil, capsys):
+    def change(model, loss):
+        model.blocks[0].mlp.up.weight.grad.data[3, 4] = np.inf
+        model.norm.weight.grad.data[0] = np.nan
+        return loss
+    losses = spoil(5, change)
+    assert train() == 3
+    said = capsys.readouterr().err
+    assert "a gradient of step 5 is not a finite number" in said and said.count("\n") == 1
+    assert "the first bad gradient is that of 'blocks.0.mlp.up.weight'" in said
+    assert "all ops are finite when it is done again" in said
+    assert len(losses) == 6 and losses[5] == losses[4], "the same masks of dropout, the same weights"
+    assert load_run(tmp_path / "out" / "checkpoint.safetensors").progress.step == 4
+
+
+def test_a_loss_is_traced_to_its_op(train, tmp_path, capsys):
+    assert train("--stop-after", "2") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with np.errstate(all="ignore"):
+        assert train("--lr", "1e38", "--warmup", "0", "--eval-every", "8") == 3
+    said = capsys.readouterr().err
+    assert "error: the loss of step" in said and said.count("\n") == 1
+    assert "all ops are finite" not in said, "the op is named"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_bad_weights_are_named(train, capsys, spoil):
+    def change(model, loss):
+        model.positions.data[0, 0] = np.nan
+        return float("nan")
+    spoil(3, change)
+    assert train() == 3
+    said = capsys.readouterr().err
+    assert "the loss of step 3 is nan" in said and "the weights 'positions' are not finite" in said
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_saved(train, tmp_path, monkeypatch, capsys):
+    plain, calls = module.evaluate, []
+
+    def bad(model, ids):
+        calls.append(None)
+        return float("nan") if len(calls) > 2 else plain(model, ids)
+    monkeypatch.setattr(module, "evaluate", bad)
+    assert train() == 3
+    assert "the validation loss after step 4 is nan" in capsys.readouterr().err
+    assert load_run(tmp_path / "out" / "checkpoint.safetensors").progress.step == 2
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2]
+
+
+def test_the_run_goes_on_from_the_last_good_checkpoint(train, tmp_path, spoil, monkeypatch):
+    with monkeypatch.context():
+        spoil(5, lambda model, loss: float("inf"))
+        assert train() == 3
+    monkeypatch.undo()
+    assert train("--resume") == 0
+    assert load_run(tmp_path / "out" / "checkpoint.safetensors").progress.done
