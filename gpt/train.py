@@ -42,12 +42,12 @@ def train(model: GPT, config: Config, train_ids: np.ndarray, val_ids: np.ndarray
         loss = mt.cross_entropy(model(x), y)
         loss.backward()
         optimizer.lr = warmup_cosine(step, config.steps, config.warmup, config.lr, config.min_lr)
-        optimizer.step()                                         # clips on the way
+        norm = optimizer.step()                                  # clips on the way
         optimizer.zero_grad()
 
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss of step {step + 1} is {losses[-1]}; "
+        if norm is None or not (math.isfinite(losses[-1]) and math.isfinite(norm)):
+            raise Diverged(f"the loss of step {step + 1} is {losses[-1]}, the norm of its gradients {norm}; "
                            "a lower --lr or a longer --warmup may help")
         after_step(step + 1, losses[-1])
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
