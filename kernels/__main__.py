@@ -115,9 +115,11 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
     targets = random.integers(0, vocabulary, 256)
     qkv, dout = normal(n // T, T, 3 * c), normal(n // T, T, c)
     out, norms = K.attention_forward(qkv, heads)
+    turned, scales = K.rotary_forward(qkv, heads, eps=1e-6)
     _, mean, rstd = K.layernorm_forward(x, gain)
     losses, log_sums = K.cross_entropy_forward(logits, targets)
     p, g, m, v = (normal(1 << 22) ** 2 for _ in range(4))
+    matrices, steps, momenta = ([normal(c, c) for _ in range(6)] for _ in range(3))
     pairs = n * (T + 1) / 2 * c                  # of a query and a key that it sees, times the head width
     size, big, all_logits = x.nbytes, wide.nbytes, logits.nbytes
     return [
@@ -134,6 +136,10 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
              2 * size + weight.nbytes),
         Case("linear with GELU", lambda: K.linear_forward(x, up, None, "gelu"), 2 * x.size * 4 * c,
              size + up.nbytes + 2 * big),
+        Case("rotary, QK-norm forward", lambda: K.rotary_forward(qkv, heads, eps=1e-6), 10 * x.size,
+             6 * size),
+        Case("rotary, QK-norm backward", lambda: K.rotary_backward(qkv, turned, scales, heads), 16 * x.size,
+             8 * size),
         Case("attention forward", lambda: K.attention_forward(qkv, heads), 4 * pairs, 4 * size),
         Case("attention backward", lambda: K.attention_backward(dout, qkv, out, norms, heads), 10 * pairs,
              8 * size),
@@ -141,6 +147,7 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
         Case("softmax backward", lambda: K.softmax_backward(dwide, wide), 4 * wide.size, 3 * big),
         Case("GELU forward", lambda: K.gelu_forward(wide), 40 * wide.size, 2 * big),
         Case("GELU backward", lambda: K.gelu_backward(dwide, wide), 55 * wide.size, 3 * big),
+        Case("squared ReLU backward", lambda: K.relu2_backward(dwide, wide), 2 * wide.size, 3 * big),
         Case("dropout", lambda: K.dropout(wide, 0.2, 1), 0, 2 * big),
         Case("cross-entropy forward", lambda: K.cross_entropy_forward(logits, targets), 15 * logits.size,
              all_logits),
@@ -150,6 +157,8 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
         Case("norm of gradients", lambda: K.sum_of_squares([g]), 2 << 22, 4 << 22),
         Case("AdamW", lambda: K.adamw([p], [g], [m], [v], [0.1], 1, 1e-6, 0.9, 0.99, 1e-8),
              15 << 22, 7 * 4 << 22),
+        Case("Muon, six matrices", lambda: K.muon(matrices, steps, momenta, [1] * 6, 1e-6, 0.95, 0.1),
+             6 * 30 * c**3, 6 * 5 * 4 * c * c),
     ]
 
 
