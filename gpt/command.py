@@ -53,8 +53,9 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
         help="start with the weights and the vocabulary of a trained model")
     add("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
     add("--threads", metavar="N", type=int, help="threads to compute with (all)")
-    add("--precision", choices=["highest", "bf16"], default="highest",
-        help="of products: float32, or operands rounded to bfloat16 where the CPU can (highest)")
+    add("--precision", choices=["auto", "highest", "bf16"], default="auto",
+        help="of products: highest is float32, bf16 rounds operands to bfloat16; auto is bf16 where the CPU has "
+             "such products (auto)")
     add("--quiet", action="store_true", help="print errors alone")
     options = parser.parse_args(arguments)
     given = dataclasses.asdict(RECIPES[options.recipe]) if "recipe" in options else {}
@@ -74,12 +75,12 @@ def _main(arguments: list[str] | None) -> int:
     with contextlib.ExitStack() as stack:
         if options.quiet:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(_precision(options.precision))
-        precision = kernels.get_matmul_precision()
         if options.resume:
-            run, corpus = take_up(options.out / "checkpoint.safetensors", given, options.data, precision)
+            asked = None if options.precision == "auto" else _available(options.precision)
+            run, corpus = take_up(options.out / "checkpoint.safetensors", given, options.data, asked)
         else:
-            run, corpus = begin(given, options.data, precision, options.init_from)
+            run, corpus = begin(given, options.data, _available(options.precision), options.init_from)
+        stack.enter_context(_precision(run.source.get("precision", "highest")))
         _make_writable(options.out)
         _describe(run, corpus)
         check = stack.enter_context(interruptible())
@@ -113,13 +114,21 @@ def _check(options: argparse.Namespace) -> None:
             raise BadInput(f"--threads: {error}") from error
 
 
+def _available(precision: str) -> str:
+    """The precision of products to take on this CPU, with a note if it is not the one that was wanted."""
+    if precision == "bf16" and not TARGET.bf16:
+        print(f"note: this CPU ({TARGET.name}) has no products in bfloat16; going on in float32",
+              file=sys.stderr)
+    return "bf16" if precision != "highest" and TARGET.bf16 else "highest"
+
+
 @contextlib.contextmanager
-def _precision(wanted: str) -> Iterator[None]:
-    """Products in the precision wanted, or in float32 with a note, until the block ends."""
+def _precision(precision: str) -> Iterator[None]:
+    """Products in this precision until the block ends; BadInput where a run needs what the CPU lacks."""
     try:
-        kernels.set_matmul_precision(wanted)
-    except RuntimeError as error:
-        print(f"note: {error}; going on in float32", file=sys.stderr)
+        kernels.set_matmul_precision(precision)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"--resume: the run's products cannot be had here: {error}") from error
     try:
         yield
     finally:

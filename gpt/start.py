@@ -43,20 +43,21 @@ def begin(given: dict[str, Any], data: list[str] | None, precision: str,
     return run, corpus
 
 
-def take_up(path: Path, given: dict[str, Any], data: list[str] | None, precision: str) -> tuple[Run, Corpus]:
+def take_up(path: Path, given: dict[str, Any], data: list[str] | None,
+            precision: str | None) -> tuple[Run, Corpus]:
     """The run in a checkpoint, where it stopped, and its text; BadInput lists what is asked otherwise.
 
-    Options that are not given are the run's.
+    Options that are not given (precision: None) are the run's.
     """
     run = load_run(path)
     corpus = open_corpus(data or _paths(run.source), run.tokenizer)
-    asked = _source(corpus, data, precision)
+    asked = _source(corpus, data, precision or run.source.get("precision", ""))
     differ = _differences(given, run.config)
     if asked["sha256"] != run.source.get("sha256"):
         differ.append(f"the text is {asked['name']} (sha256 {asked['sha256'][:12]}), the run has "
                       f"{run.source.get('name')} (sha256 {run.source.get('sha256', '')[:12]})")
-    if precision != run.source.get("precision"):
-        differ.append(f"--precision is {precision}, the run has {run.source.get('precision')}")
+    if asked["precision"] != run.source.get("precision"):
+        differ.append(f"--precision is {asked['precision']}, the run has {run.source.get('precision')}")
     if differ:
         raise BadInput(f"--resume: this is not the run in {str(path.parent)!r}: {'; '.join(differ)}; give "
                        "the run's own values, or leave --resume out to start anew")

@@ -57,7 +57,7 @@ def _tiles(a, b, c, repeats, bf16, tasks):
 def multiply_again(a, b, c, repeats, bf16):
     for _ in range(repeats):
         register_tile(c, address(a, 0), 1, ROWS, address(b, 0), c.shape[1], address(c, 0), c.shape[1],
-                      len(b), False, True, bf16)
+                      len(b), 0, 0, True, bf16)
 
 
 @kernel

@@ -17,6 +17,7 @@ from gpt import command
 from gpt.checkpoint import load, load_model
 from gpt.cli import interruptible, run
 from gpt.data import find_text
+from gpt.errors import BadInput
 from gpt.run import Evaluation
 from gpt.verse import verse
 from kernels.cpu import TARGET
@@ -107,21 +108,30 @@ def test_another_seed_gives_another_run(text, tmp_path):
 
 
 def test_bf16_trains_where_the_cpu_can_and_says_so_where_not(text, tmp_path, capsys):
-    try:
-        assert train(text, tmp_path / "bf16", "--precision", "bf16") == 0
-    finally:
-        kernels.set_matmul_precision("highest")
+    assert train(text, tmp_path / "bf16", "--precision", "bf16") == 0
+    assert kernels.get_matmul_precision() == "highest"
     said = capsys.readouterr()
     if TARGET.bf16:
         assert "products in bfloat16" in said.out and not said.err
     else:
         assert "products in float32" in said.out and "no products in bfloat16" in said.err
         assert said.err.count("\n") == 1
-    assert train(text, tmp_path / "float32") == 0
+    assert train(text, tmp_path / "float32", "--precision", "highest") == 0
     assert "products in float32" in capsys.readouterr().out
     last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
             for name in ("bf16", "float32")]
     assert last[0] == pytest.approx(last[1], abs=0.02)
+
+
+def test_precision_is_left_to_the_cpu_and_a_run_keeps_its_own(text, tmp_path, capsys):
+    products = "products in bfloat16" if TARGET.bf16 else "products in float32"
+    assert train(text, tmp_path / "auto", "--stop-after", "2") == 0
+    assert products in capsys.readouterr().out
+    assert train(text, tmp_path / "float32", "--precision", "highest", "--stop-after", "2") == 0
+    assert train(text, tmp_path / "float32", "--resume") == 0
+    assert capsys.readouterr().out.count("products in float32") == 2
+    with pytest.raises(BadInput, match="products cannot be had here"), command._precision("half"):
+        pass
 
 
 BAD = {
