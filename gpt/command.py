@@ -54,8 +54,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
     add("--sample", metavar="N", type=int, default=500, help="characters to write at the end (500)")
     add("--threads", metavar="N", type=int, help="threads to compute with (all)")
     add("--precision", choices=["auto", "highest", "bf16"], default="auto",
-        help="of products: highest is float32, bf16 rounds operands to bfloat16; auto is bf16 where the CPU has "
-             "such products (auto)")
+        help="of products: float32 (highest), or of operands rounded to bfloat16; auto: where the CPU can")
     add("--quiet", action="store_true", help="print errors alone")
     options = parser.parse_args(arguments)
     given = dataclasses.asdict(RECIPES[options.recipe]) if "recipe" in options else {}
