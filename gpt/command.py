@@ -79,8 +79,11 @@ def _main(arguments: list[str] | None) -> int:
             run, corpus = take_up(options.out / "checkpoint.safetensors", given, options.data, asked)
         else:
             run, corpus = begin(given, options.data, _available(options.precision), options.init_from)
-        stack.enter_context(_precision(run.source.get("precision", "highest")))
+        stack.enter_context(_precision(run.source["precision"]))
         _make_writable(options.out)
+        if not options.resume and (options.out / FILES[0]).exists():
+            print(f"note: the run in {str(options.out)!r} is replaced when this one is first saved; --resume "
+                  "goes on with it, --out names another folder", file=sys.stderr)
         _describe(run, corpus)
         check = stack.enter_context(interruptible())
         results = Results(options.out, run, corpus, options.sample, options.quiet, check)
@@ -124,14 +127,16 @@ def _available(precision: str) -> str:
 @contextlib.contextmanager
 def _precision(precision: str) -> Iterator[None]:
     """Products in this precision until the block ends; BadInput where a run needs what the CPU lacks."""
+    before = kernels.get_matmul_precision()
     try:
         kernels.set_matmul_precision(precision)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(f"--resume: the run's products cannot be had here: {error}") from error
+        raise BadInput(f"--resume: the run has products in {precision}, which cannot be had here; resume it "
+                       "where it began, or start from its weights with --init-from") from error
     try:
         yield
     finally:
-        kernels.set_matmul_precision("highest")
+        kernels.set_matmul_precision(before)
 
 
 def _make_writable(folder: Path) -> None:

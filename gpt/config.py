@@ -44,7 +44,8 @@ class Config:
     seed: int = _option(0, "of weights, batches and dropout")
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "width", "context", "batch"):
+        self._require("layers", 1 <= self.layers <= 2**12, "at least 1, and at most 2**12")
+        for name in ("heads", "width", "context", "batch"):
             self._require(name, 1 <= getattr(self, name) <= 2**24, "at least 1, and at most 2**24")
         for name in ("steps", "eval_every"):
             self._require(name, 1 <= getattr(self, name) < 2**53, "at least 1, and below 2**53")

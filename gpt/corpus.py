@@ -118,8 +118,8 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
             ) -> tuple[CharTokenizer, np.ndarray, dict[str, int]]:
     """The tokenizer, the tokens in a file mapped into memory, and how often each unknown character came.
 
-    The file is made once for a text and a vocabulary. Beside it lies what else was found, in JSON; that is
-    written last, so that where it is, the tokens are whole.
+    The file is made once for a text and a vocabulary. Beside it lies what else was found, in JSON, written
+    last; where the two do not fit each other, they are made again.
     """
     cache = user_cache()
     if cache is None:
@@ -127,7 +127,7 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
     given = hashlib.sha256(tokenizer.vocabulary.encode()).hexdigest()[:16] if tokenizer else "own"
     tokens = cache / "tokens" / f"{digest}-{given}"
     found = tokens.with_suffix(".json")
-    if not found.exists():
+    if not _whole(tokens, found):
         print("reading  a text of this size, once on this machine", flush=True)
         tokenizer = tokenizer or CharTokenizer(_vocabulary(files))
         unknown: Counter[str] = Counter()
@@ -139,10 +139,21 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
                     ids.astype(_dtype(tokenizer)).tofile(file)
                     unknown.update(missing)
             with replacing(found) as temporary:
-                temporary.write_text(json.dumps({"vocabulary": tokenizer.vocabulary, "unknown": unknown}))
+                temporary.write_text(json.dumps({"vocabulary": tokenizer.vocabulary, "unknown": unknown,
+                                                 "bytes": tokens.stat().st_size}))
+        if not tokens.stat().st_size:
+            raise BadInput(f"{_where(files)}: no character of it is in the vocabulary")
     content = json.loads(found.read_text())
     tokenizer = CharTokenizer(content["vocabulary"])
     return tokenizer, np.asarray(np.memmap(tokens, _dtype(tokenizer), "r")), content["unknown"]
+
+
+def _whole(tokens: Path, found: Path) -> bool:
+    """Are both files there, and as they were written?"""
+    try:
+        return 0 < tokens.stat().st_size == json.loads(found.read_text())["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _dtype(tokenizer: CharTokenizer) -> type[np.unsignedinteger]:

@@ -5,8 +5,8 @@ the row of the new token alone through the layers, and attends to what is kept:
 
     s_j = q · k_j / √D for each kept j and itself,   o = Σ_j softmax(s)_j v_j
 
-The model is that of gpt/model.py, and tests hold the two together; here it is written on plain arrays, as a
-single row is done before an op and its kernel have been set up.
+The model is that of gpt/model.py, and tests hold the two together; here products are numpy's, on plain
+arrays, as a single row is done before an op and its kernel have been set up.
 """
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Results:
         reached = ", ".join(f"{name} {nats:.4f} ({nats / math.log(2):.4f} bits)"
                             for name, nats in self.tables.items())
         print(f"tables   {reached} nats/character on the validation split", flush=True)
-        self.began, self.written, self.kept = run.progress.step, 0, False
+        self.began, self.written, self.saved = run.progress.step, 0, False
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=run.config.steps, initial=self.began, dynamic_ncols=True,
                         disable=quiet or not sys.stderr.isatty(),
@@ -103,10 +103,6 @@ class Results:
     def keep(self) -> None:
         """Write the checkpoint, then what is made from it: the best one's name, metrics and report."""
         self.save()
-        if not self.began and not self.kept:                     # a new run where there was another
-            for name in FILES[1:]:
-                (self.folder / name).unlink(missing_ok=True)
-        self.kept = True
         self.keep_best()
         self.write_metrics()
         if self.run.progress.evaluations:
@@ -116,6 +112,10 @@ class Results:
     def save(self) -> None:
         """Write the checkpoint."""
         save_run(self.folder / LAST, self.run)
+        if not self.began and not self.saved:                    # a new run where there was another
+            for name in FILES[1:]:
+                (self.folder / name).unlink(missing_ok=True)
+        self.saved = True
         self.saved_at = time.monotonic()
 
     def keep_best(self) -> None:
@@ -163,6 +163,11 @@ class Results:
             self.keep()
             print(f"stopped after {progress.step:,} steps; --resume goes on from {self.folder / LAST}")
             return
+        best = progress.best()
+        if best and best.step < progress.step:
+            print(f"best     step {best.step:,}, validation {best.val_loss:.4f}, in {BEST}"
+                  + (f"; stopped after {self.run.config.patience} evaluations without a better one"
+                     if 0 < self.run.config.patience and progress.step < self.run.config.steps else ""))
         with writing(self.folder / "loss.png"):
             plot(progress.evaluations, self.folder / "loss.png")
         sample = self.sample(self.characters, self.check_interruption)

@@ -51,13 +51,13 @@ def take_up(path: Path, given: dict[str, Any], data: list[str] | None,
     """
     run = load_run(path)
     corpus = open_corpus(data or _paths(run.source), run.tokenizer)
-    asked = _source(corpus, data, precision or run.source.get("precision", ""))
+    asked = _source(corpus, data, precision or run.source.get("precision", "highest"))
     differ = _differences(given, run.config)
     if asked["sha256"] != run.source.get("sha256"):
         differ.append(f"the text is {asked['name']} (sha256 {asked['sha256'][:12]}), the run has "
                       f"{run.source.get('name')} (sha256 {run.source.get('sha256', '')[:12]})")
-    if asked["precision"] != run.source.get("precision"):
-        differ.append(f"--precision is {asked['precision']}, the run has {run.source.get('precision')}")
+    if asked["precision"] != run.source.setdefault("precision", "highest"):
+        differ.append(f"--precision is {asked['precision']}, the run has {run.source['precision']}")
     if differ:
         raise BadInput(f"--resume: this is not the run in {str(path.parent)!r}: {'; '.join(differ)}; give "
                        "the run's own values, or leave --resume out to start anew")

@@ -42,7 +42,7 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
         x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
         loss = loss_and_gradients(model, x, y, config.micro_batch)
         optimizer.lr = schedule.lr()
-        norm = optimizer.step()                                  # clips on the way
+        norm = optimizer.step() if math.isfinite(loss) else math.nan     # clips on the way
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise explain(run, x, y, loss_and_gradients, loss)
         optimizer.zero_grad()

@@ -38,7 +38,8 @@ def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], mome
     """Update parameters and momenta in place; all of one dtype and with two axes.
 
     parts: how many matrices lie one above the other in each. scale: s, the factor that clips the gradients
-    (which themselves stay as they are). Products are in the precision that `set_matmul_precision` names.
+    (which themselves stay as they are). Products are in the precision that `set_matmul_precision` names, but
+    for matrices at least twice as long as wide (or as wide as long), whose form is not stable in bfloat16.
     """
     for name, arrays in {"parameters": parameters, "gradients": gradients, "momenta": momenta}.items():
         check_list("muon", name, arrays, parameters)

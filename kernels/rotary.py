@@ -58,6 +58,13 @@ def rotary_backward(dy: np.ndarray, y: np.ndarray, scales: np.ndarray, heads: in
 def rotary_angles(time: int, width: int, base: float, dtype: np.dtype,
                   start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """cos θ and sin θ of positions from start on, for heads of this width: two of (time, width / 2)."""
+    cos, sin = _rows_of_angles(time, width, base, dtype, start)
+    return cos.copy(), sin.copy()
+
+
+def _rows_of_angles(time: int, width: int, base: float, dtype: np.dtype,
+                    start: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `rotary_angles`, from tables that are kept."""
     longest = 1 << max(0, start + time - 1).bit_length()         # few tables, however long a text is by now
     cos, sin = _angles(longest, width, base, dtype)
     return cos[start:start + time], sin[start:start + time]
@@ -83,7 +90,7 @@ def _tables(name: str, qkv: np.ndarray, heads: int, base: float | None,
     if width % 2 or base <= 0 or start < 0:
         raise ValueError(f"{name}: qkv has shape {qkv.shape}, {heads} heads, base {base}, start {start}; "
                          "pairs need heads of an even width, base must be above 0, start at least 0")
-    return rotary_angles(time, width, base, qkv.dtype, start)
+    return _rows_of_angles(time, width, base, qkv.dtype, start)
 
 
 @kernel

@@ -1,6 +1,6 @@
 """Derivatives of derivatives: Jacobians, Hessians, and their products with vectors, which never form them.
 
-Names, arguments and shapes are those of torch.autograd.functional. f is a function of the inputs that returns
+Names and shapes are those of torch.autograd.functional. f is a function of the inputs that returns
 one Tensor, or a Tensor that was already computed from them: the inputs may then be a model's parameters.
 
 >>> import minitensor as mt
@@ -104,7 +104,7 @@ def _evaluated(name: str, f: Callable | Tensor, inputs: Inputs,
 
     For a function f they are copies, so that an input which depends on another is a variable of its own.
     """
-    given = [inputs] if isinstance(inputs, (Tensor, np.ndarray)) else list(inputs)
+    given: list[Any] = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not given:
         raise ValueError(f"{name}: there are no inputs to differentiate by")
     for i, x in enumerate(given):

@@ -22,21 +22,20 @@ INSTEAD: dict[Callable, str] = {            # numpy function without an op -> th
     np.cosh: "(np.exp(x) + np.exp(-x)) / 2",
     np.arctanh: "(np.log1p(x) - np.log1p(-x)) / 2",
     np.arcsinh: "np.log(x + np.sqrt(x * x + 1))",
-    np.linalg.norm: "np.sqrt(np.sum(x * x))",
-    np.average: "np.mean(x)",
+    np.linalg.norm: "np.sqrt(np.sum(x * x, axis=axis))",
+    np.average: "np.sum(weights * x, axis=axis) / np.sum(weights)",
     np.ptp: "np.max(x) - np.min(x)",
     np.diff: "x[..., 1:] - x[..., :-1]",
     np.trace: "np.einsum('ii', x)",
     np.diagonal: "np.einsum('ii->i', x)",
-    np.inner: "np.einsum('...i,...i', x, y)",
+    np.inner: "np.matmul(x, np.transpose(y))",
     np.vdot: "np.sum(x * y)",
-    np.tensordot: "np.einsum('ij,ij', x, y)",
     np.kron: "np.reshape(np.einsum('ij,kl->ikjl', x, y), (len(x) * len(y), -1))",
-    np.vstack: "np.concatenate([x, y], axis=0)",
-    np.hstack: "np.concatenate([x, y], axis=1)",
+    np.vstack: "np.concatenate([np.reshape(x, (-1, x.shape[-1])), np.reshape(y, (-1, y.shape[-1]))])",
+    np.hstack: "np.concatenate([x, y], axis=min(1, x.ndim - 1))",
     np.append: "np.concatenate([x, y], axis=None)",
-    np.roll: "np.concatenate([x[-1:], x[:-1]])",
-    np.take: "x[i]",
+    np.roll: "np.reshape(np.concatenate([np.ravel(x)[-shift:], np.ravel(x)[:-shift]]), x.shape)",
+    np.take: "np.ravel(x)[i]",
 }
 CALLED = {"select": "where", "limit": "clip", "join": "concatenate"}    # op -> what a user calls, to get it
 
@@ -80,7 +79,7 @@ def out_of_range(shape: tuple[int, ...], error: IndexError) -> IndexError:
 def stale(name: str, shape: tuple[int, ...], which: str) -> RuntimeError:
     """A tensor whose values were changed after an op had used them."""
     return RuntimeError(f"backward: the {which} of op '{name}', of shape {shape}, was changed through .data "
-                        "after the op had run, so its gradient would be wrong; change it before the forward "
+                        "after the op had run, so its gradient may be wrong; change it before the forward "
                         "pass or after backward(), or build a new Tensor")
 
 

@@ -17,10 +17,16 @@ from minitensor.random import next_seed
 from minitensor.tensor import Tensor, fused
 
 
+def _plain(x: Any) -> np.ndarray:
+    """x, or a copy, as an array that is C-contiguous and writeable: what kernels are compiled for."""
+    if isinstance(x, np.ndarray) and x.flags.c_contiguous and x.flags.writeable:
+        return x
+    return np.require(x, requirements=("C", "W"))
+
+
 def _rows(x: np.ndarray) -> np.ndarray:
-    """x as a matrix (N, C) of its last axis, C-contiguous and writeable: what kernels are compiled for."""
-    if not (x.flags.c_contiguous and x.flags.writeable):
-        x = np.require(x, requirements=("C", "W"))
+    """x as a matrix (N, C) of its last axis."""
+    x = _plain(x)
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -55,7 +61,7 @@ def linear(x, weight, bias=None, *, activation=None):
     """
     _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
-    weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
+    weight, bias = _plain(weight), None if bias is None else _plain(bias)
     y, before = kernels.linear_forward(rows, weight, bias, activation and _known(activation))
     last: list[np.ndarray] = []                              # the gradient before the activation, made once
 
@@ -90,9 +96,9 @@ def _gelu_reference(x, *, approximate=False):
 
 @fused(reference=_gelu_reference)
 def _gelu(x, *, approximate):
-    rows = np.asarray(x, order="C")
+    rows = _plain(x)
     return (kernels.gelu_forward(rows, approximate),
-            lambda g: kernels.gelu_backward(np.asarray(g, order="C"), rows, approximate))
+            lambda g: kernels.gelu_backward(_plain(g), rows, approximate))
 
 
 def gelu(x, approximate="none"):
@@ -111,8 +117,8 @@ def _relu2_reference(x):
 @fused(reference=_relu2_reference)
 def relu2(x):
     """max(x, 0)², the squared ReLU."""
-    rows = np.asarray(x, order="C")
-    return kernels.relu2_forward(rows), lambda g: kernels.relu2_backward(np.asarray(g, order="C"), rows)
+    rows = _plain(x)
+    return kernels.relu2_forward(rows), lambda g: kernels.relu2_backward(_plain(g), rows)
 
 
 # The activations that `linear` knows, as their references.
@@ -146,7 +152,7 @@ def layernorm(x, weight, bias=None, *, eps=1e-5):
     """
     _check_layernorm(x, weight, bias)
     rows = _rows(x)
-    weight, bias = np.ascontiguousarray(weight), None if bias is None else np.ascontiguousarray(bias)
+    weight, bias = _plain(weight), None if bias is None else _plain(bias)
     y, mean, rstd = kernels.layernorm_forward(rows, weight, bias, eps)
 
     def vjp(g):
@@ -194,7 +200,8 @@ def log_softmax(x, axis=-1):
 
 
 def _along(function, x, axis):
-    _check_axes(function.__name__[1:], x)
+    x = x if isinstance(x, Tensor) else np.asarray(x)
+    _check_axes(function.__name__, x)
     if axis in (-1, x.ndim - 1):
         return function(x)
     return np.swapaxes(function(np.swapaxes(x, axis, -1)), axis, -1)
@@ -218,8 +225,8 @@ def _rotary_reference(qkv, heads, *, base, eps, start):
 
 @fused(reference=_rotary_reference)
 def _rotary(qkv, heads, *, base, eps, start):
-    y, scales = kernels.rotary_forward(np.ascontiguousarray(qkv), heads, base, eps, start)
-    return y, lambda g: kernels.rotary_backward(np.ascontiguousarray(g), y, scales, heads, base, start)
+    y, scales = kernels.rotary_forward(_plain(qkv), heads, base, eps, start)
+    return y, lambda g: kernels.rotary_backward(_plain(g), y, scales, heads, base, start)
 
 
 def rotary(qkv, heads, *, base=10_000.0, eps=None, start=0):
@@ -230,8 +237,8 @@ def rotary(qkv, heads, *, base=10_000.0, eps=None, start=0):
     eps: if given, queries and keys are normalised first, as `qk_norm` does. start: the first token's t.
     Source: Su et al. 2021.
     """
-    _check_qkv("rotary", qkv, heads)
-    if qkv.shape[2] // (3 * heads) % 2 or not 0 < base < math.inf or start < 0:
+    _check_qkv("rotary", qkv, heads, 0 if eps is None else eps)
+    if qkv.shape[2] // (3 * heads) % 2 or base is None or not 0 < base < math.inf or start < 0:
         raise ValueError(f"rotary: qkv is {qkv.shape}, {heads} heads, base {base}, start {start}; C / heads "
                          "must be even, base above 0, start at least 0")
     return _rotary(qkv, heads, base=base, eps=eps, start=start)
@@ -241,11 +248,13 @@ def qk_norm(qkv, heads, *, eps=1e-6):
     """Divide each head's query and key by √(mean(x²) + eps), so that their products stay small:
     packed qkv (B, T, 3C), as `attention` takes it -> (B, T, 3C). Source: Henry et al. 2020.
     """
-    _check_qkv("qk_norm", qkv, heads)
+    _check_qkv("qk_norm", qkv, heads, eps)
     return _rotary(qkv, heads, base=None, eps=eps, start=0)
 
 
-def _check_qkv(op_name: str, qkv: Any, heads: int) -> None:
+def _check_qkv(op_name: str, qkv: Any, heads: int, eps: float = 0) -> None:
+    if eps is None or not 0 <= eps < math.inf:
+        raise ValueError(f"{op_name}: eps is {eps}; it must be 0 or a positive number")
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(f"{op_name}: qkv is {qkv.shape}; "
                          f"it must be (B, T, 3C) with {heads} heads dividing C")
@@ -275,24 +284,26 @@ def _attend(q, k, v, heads, causal, mask, p, seed):
     if p:
         kept = kernels.dropout_mask(batch * heads * time, keys, p, seed).reshape(weights.shape)
         weights = np.where(kept, weights * (1 / (1 - p)), 0.0)
-    y = np.where(seeing, np.matmul(weights, v), 0.0)                    # (B, H, T, D)
+    y = np.matmul(weights, v)                                           # (B, H, T, D)
+    if not seeing.all():
+        y = np.where(seeing, y, 0.0)
     return np.reshape(np.swapaxes(y, 1, 2), (batch, time, width))
 
 
 @fused(reference=_attention_reference)
 def _attention(qkv, heads, *, causal, mask, p, seed):
-    qkv = np.ascontiguousarray(qkv)
+    qkv = _plain(qkv)
     out, norms = kernels.attention_forward(qkv, heads, causal, p, seed, mask)
     return out, lambda g: kernels.attention_backward(
-        np.ascontiguousarray(g), qkv, out, norms, heads, causal, p, seed, mask)
+        _plain(g), qkv, out, norms, heads, causal, p, seed, mask)
 
 
 @fused(reference=_cross_attention_reference)
 def _cross_attention(q, kv, heads, *, causal, mask, p, seed):
-    q, kv = np.ascontiguousarray(q), np.ascontiguousarray(kv)
+    q, kv = _plain(q), _plain(kv)
     out, norms = kernels.cross_attention_forward(q, kv, heads, causal, p, seed, mask)
     return out, lambda g: kernels.cross_attention_backward(
-        np.ascontiguousarray(g), q, kv, out, norms, heads, causal, p, seed, mask)
+        _plain(g), q, kv, out, norms, heads, causal, p, seed, mask)
 
 
 def attention(qkv, heads, *, causal=True, mask=None, p=0.0, seed=None):
@@ -309,9 +320,7 @@ def attention(qkv, heads, *, causal=True, mask=None, p=0.0, seed=None):
     array([[[1.],
             [2.]]])
     """
-    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
-        raise ValueError(f"attention: qkv is {qkv.shape}; "
-                         f"it must be (B, T, 3C) with {heads} heads dividing C")
+    _check_qkv("attention", qkv, heads)
     mask = _checked_mask("attention", mask, qkv.shape[:2])
     return _attention(qkv, heads, causal=causal, mask=mask, p=p, seed=_dropout_seed(p, seed))
 
@@ -360,8 +369,8 @@ def _dropout_reference(x, *, p, seed):
 
 @fused(reference=_dropout_reference)
 def _dropout(x, *, p, seed):
-    return (kernels.dropout(np.asarray(x, order="C"), p, seed),
-            lambda g: kernels.dropout(np.asarray(g, order="C"), p, seed))
+    return (kernels.dropout(_plain(x), p, seed),
+            lambda g: kernels.dropout(_plain(g), p, seed))
 
 
 def dropout(x, p, seed=None):
@@ -389,7 +398,7 @@ def _embedding_reference(ids, weight):
 @fused(reference=_embedding_reference)
 def _embedding(ids, weight):
     flat = ids.reshape(-1)
-    y = kernels.embedding_forward(flat, np.ascontiguousarray(weight))
+    y = kernels.embedding_forward(flat, _plain(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
             (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
 

@@ -46,6 +46,14 @@ class _Doctor:
             raise FloatingPointError(_report(f"op '{op_name(op)}' made {made}", code, instruction,
                                              _state.modules, inputs, None))
 
+    def added(self, x: Tensor, before: Any, g: Any) -> None:
+        with np.errstate(over="ignore"):
+            if made := _made(_array(before) + _array(g), (before, g)):
+                where = (x.node.code, x.node.instruction, x.node.modules) if x.node else (*_caller(4), ())
+                name = f"the result of op '{op_name(x.node.op)}'" if x.node else f"a leaf of shape {x.shape}"
+                raise FloatingPointError(_report(f"the sum of the gradients of {name} has {made}", *where,
+                                                 (before, g), None))
+
     def backward(self, node: Node, inputs: tuple, g: Any, argument: int, gx: Any) -> None:
         if made := _made(gx, (g, *inputs)):
             raise FloatingPointError(_report(

@@ -44,14 +44,7 @@ class Module:
 
     def _attributes(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Attributes, and what is in those that are lists, tuples or dicts, with their paths."""
-        for name, value in vars(self).items():
-            path = f"{prefix}.{name}" if prefix else name
-            if isinstance(value, dict):
-                yield from ((f"{path}.{key}", item) for key, item in value.items())
-            elif isinstance(value, (list, tuple)):
-                yield from ((f"{path}.{i}", item) for i, item in enumerate(value))
-            else:
-                yield path, value
+        return _contents(vars(self), f"{prefix}." if prefix else "")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, with their paths, such as "blocks.2.attention"."""
@@ -121,6 +114,15 @@ class Module:
                      if isinstance(value, (list, tuple)) and value and isinstance(value[0], Module)]
         own = [f"{name} {value.shape}" for name, value in vars(self).items() if isinstance(value, Tensor)]
         return "\n".join([f"{type(self).__name__}({', '.join(own)})", *children])
+
+
+def _contents(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """What is in a list, tuple or dict, and in those in it, with paths."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, (dict, list, tuple)):
+            yield from _contents(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _uniform(bound: float, shape: tuple[int, ...]) -> Tensor:

@@ -50,11 +50,23 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """
     parameters = _listed(parameters)
     norm = grad_norm(parameters)
-    scale = clip_scale(norm, max_norm)
-    for p in parameters:
-        if p.grad is not None and scale < 1:
-            p.grad.data *= p.grad.dtype.type(scale)
+    _scale(parameters, clip_scale(norm, max_norm))
     return norm
+
+
+def _scale(parameters: Iterable[Tensor], scale: float) -> None:
+    """Scale all gradients in place, if there is anything to do."""
+    for p in parameters:
+        if p.grad is not None and scale != 1:
+            p.grad.data *= p.grad.dtype.type(scale)
+
+
+def _norm_and_scale(parameters: list[Tensor], max_norm: float | None) -> tuple[float | None, float]:
+    """The norm of all gradients and the factor that clips it; None and 1 if nothing is to be clipped."""
+    if max_norm is None:
+        return None, 1.0
+    norm = grad_norm(parameters)
+    return norm, clip_scale(norm, max_norm)
 
 
 def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float) -> float:
@@ -63,6 +75,17 @@ def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float
         return lr * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _note_change(parameters: list[Tensor]) -> None:
+    """Kernels have written into them: a graph of the old values is to notice."""
+    for p in parameters:
+        p.data = p.data
+
+
+def _require_decay(name: str, weight_decay: float) -> None:
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{name}: weight_decay is {weight_decay!r}; it must be 0 or a positive number")
 
 
 def _described(p: Any) -> str:
@@ -94,14 +117,6 @@ class _Optimizer:
         """Forget the gradients of all parameters."""
         for p in self.parameters:
             p.grad = None
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """What is remembered of earlier steps, as arrays by name, such as "first.0"; memory is shared."""
-        raise NotImplementedError(f"{type(self).__name__} has no state_dict method")
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take what `state_dict` gave; ValueError, and no change, unless names, shapes, dtypes agree."""
-        raise NotImplementedError(f"{type(self).__name__} has no load_state_dict method")
 
     def _check_state(self, state: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
                      optional: bool = False) -> None:
@@ -179,6 +194,7 @@ class AdamW(_Optimizer):
         super().__init__(parameters, lr)
         if not (isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"AdamW: betas is {betas!r}; it must be two numbers in [0, 1)")
+        _require_decay("AdamW", weight_decay)
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
         self.steps = [0] * len(self.parameters)          # of each that it had a gradient
         self.first = [np.zeros_like(p.data) for p in self.parameters]
@@ -189,10 +205,9 @@ class AdamW(_Optimizer):
 
         A norm that is not a finite number changes nothing: the caller sees it and finds all as it was.
         """
-        norm = None if self.max_norm is None else grad_norm(self.parameters)
+        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
         if norm is not None and not math.isfinite(norm):
             return norm
-        scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
@@ -204,8 +219,7 @@ class AdamW(_Optimizer):
                           [self.first[i] for i in group], [self.second[i] for i in group],
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
-            for p in parameters:
-                p.data = p.data                          # so that a graph of the old values notices
+            _note_change(parameters)
         return norm
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -248,15 +262,15 @@ class Muon(_Optimizer):
                                  "one above the other")
         if not 0 <= momentum < 1:
             raise ValueError(f"Muon: momentum is {momentum!r}; it must be in [0, 1)")
+        _require_decay("Muon", weight_decay)
         self.momentum, self.weight_decay, self.max_norm = momentum, weight_decay, max_norm
         self.momenta = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> float | None:
         """As `AdamW.step`."""
-        norm = None if self.max_norm is None else grad_norm(self.parameters)
+        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
         if norm is not None and not math.isfinite(norm):
             return norm
-        scale = 1.0 if norm is None or self.max_norm is None else clip_scale(norm, self.max_norm)
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
@@ -266,6 +280,7 @@ class Muon(_Optimizer):
             kernels.muon([p.data for p in parameters], [_gradient(p) for p in parameters],
                          [self.momenta[i] for i in group], [self.parts[i] for i in group], self.lr,
                          self.momentum, self.weight_decay, scale)
+            _note_change(parameters)
         return norm
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -305,9 +320,10 @@ class Together:
 
     def step(self) -> float | None:
         """Clip the gradients in place and let each take its step; else as `AdamW.step`."""
-        norm = None if self.max_norm is None else clip_grad_norm(self.parameters, self.max_norm)
+        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
         if norm is not None and not math.isfinite(norm):
             return norm
+        _scale(self.parameters, scale)
         for optimizer in self.optimizers:
             optimizer.step()
         return norm
@@ -323,9 +339,18 @@ class Together:
                 for name, array in optimizer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Load what `state_dict` gave; ValueError if names or shapes differ."""
-        if unknown := sorted(state.keys() - self.state_dict().keys()):
+        """Load what `state_dict` gave; ValueError, and no change, unless all of it fits."""
+        numbers = {str(n) for n in range(len(self.optimizers))}
+        if unknown := sorted(name for name in state if name.partition(".")[0] not in numbers):
             raise ValueError(f"load_state_dict: Together does not fit: unexpected {unknown[0]!r}")
+        before = {name: array.copy() for name, array in self.state_dict().items()}
+        try:
+            self._load(state)
+        except ValueError:
+            self._load(before)
+            raise
+
+    def _load(self, state: Mapping[str, np.ndarray]) -> None:
         for n, optimizer in enumerate(self.optimizers):
             own = f"{n}."
             optimizer.load_state_dict({name.removeprefix(own): array for name, array in state.items()

@@ -34,7 +34,8 @@ class _State(threading.local):
     recording = True
     unfused = False
     modules: tuple = ()                     # the modules being called: (weak reference, those outside it)
-    observers: tuple = ()                   # each gets forward(...) of an op and backward(...) of its vjps
+    observers: tuple = ()                   # each gets forward(...) of an op, backward(...) of its vjps and
+                                            # added(...) of gradients that meet
 
 
 _state = _State()
@@ -144,7 +145,10 @@ class Tensor:
     @data.setter
     def data(self, array: np.ndarray) -> None:
         global _last_change
-        self._data = Tensor(array)._data
+        given_as_array = isinstance(array, (np.ndarray, np.generic))
+        self._data = Tensor(array, dtype=None if given_as_array else self.dtype)._data
+        if self.grad is not None and (self.grad.shape, self.grad.dtype) != (self.shape, self.dtype):
+            self.grad = None                                 # it was of another array
         self._changed = _last_change = next(_serial)
 
     @property
@@ -421,15 +425,18 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
     >>> grad(dx, x)                                         # 6 x
     (Tensor(12.),)
     """
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    for x in inputs:
+    xs: tuple = (inputs,) if isinstance(inputs, (Tensor, np.ndarray)) else tuple(inputs)
+    for x in (output, *xs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"grad: output and inputs are Tensors, and one of them is a {type(x).__name__}")
+    for x in xs:
         if not x.requires_grad:
             raise ValueError(f"grad: an input of shape {x.shape} has requires_grad=False, "
                              "so nothing was recorded of it")
     found = {}
     if output.requires_grad:
-        found = {id(x): g for x, g, _ in _walk(output, gradient, inputs, retain_graph, create_graph)}
-    results = (found.get(id(x), np.zeros_like(x.data)) for x in inputs)
+        found = {id(x): g for x, g, _ in _walk(output, gradient, xs, retain_graph, create_graph)}
+    results = (found.get(id(x), np.zeros_like(x.data)) for x in xs)
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
 
 
@@ -451,6 +458,8 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
     def send(x: Tensor, g: Any, owned: bool) -> None:
         if id(x) in pending:
             _, before, owned_before = pending[id(x)]
+            for observer in _state.observers:
+                observer.added(x, before, g)
             if owned_before and not create_graph and isinstance(before, np.ndarray):    # not a numpy scalar
                 g = np.add(before, g, out=before)
             elif owned and not create_graph and isinstance(g, np.ndarray):
@@ -464,7 +473,7 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
 
     with _set(recording=create_graph):
         g = _seed(output, gradient)
-        send(output, g if create_graph else g._data, False)
+        send(output, g if create_graph else g._data.copy(), False)       # the caller may write into theirs
         while heap:
             x, g, owned = pending.pop(heapq.heappop(heap)[1])
             if id(x) in wanted_ids:
@@ -515,6 +524,8 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
 def _accumulate(found: list[tuple[Tensor, Any, bool]], create_graph: bool) -> None:
     """Add what a walk found to the leaves' `.grad`."""
     for leaf, g, owned in found:
+        for observer in _state.observers if leaf.grad is not None else ():
+            observer.added(leaf, leaf.grad, g)
         if leaf.grad is None:
             leaf.grad = _np.copy(g) if create_graph else Tensor(g if owned else np.array(g))
         elif create_graph or leaf.grad.node is not None:

@@ -164,7 +164,7 @@ def _projected(f: Callable) -> Callable:
     """The scalar that a fixed random cotangent makes of f's outputs."""
     def scalar(*inputs: Tensor) -> Tensor:
         outputs = f(*inputs)
-        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         if not all(isinstance(y, Tensor) for y in outputs):
             raise TypeError("gradcheck: f must return a Tensor or a sequence of them, made by ops")
         return sum((np.sum(y * _cotangent(i, y)) for i, y in enumerate(outputs)), Tensor(np.zeros(())))

@@ -125,6 +125,8 @@ def trace(loss: Tensor, gradient: Any = None, retain_graph: bool = False) -> Tra
     The leaves' `.grad` grow and the graph is released as by `backward`, so `trace(loss)` can stand in its
     place. Nothing has to be set up before the forward pass.
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"trace: loss is a {type(loss).__name__}; it must be a Tensor that ops have made")
     frame = sys._getframe(1)
     variables = {id(x): name for name, x in {**frame.f_globals, **frame.f_locals}.items()
                  if isinstance(x, Tensor) and not name.startswith("_")}
@@ -190,6 +192,9 @@ class _Recorder:
 
     def forward(self, op: Callable, inputs: tuple, result: Tensor) -> None:
         """What runs forward is no part of a trace."""
+
+    def added(self, x: Tensor, before: Any, g: Any) -> None:
+        """The sum is seen when all of it has arrived."""
 
     def backward(self, node: Node, inputs: tuple, g: Any, argument: int, gx: Any) -> None:
         """Keep what there is to say of gx now: the walk may add to it in place."""

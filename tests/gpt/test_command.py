@@ -130,7 +130,7 @@ def test_precision_is_left_to_the_cpu_and_a_run_keeps_its_own(text, tmp_path, ca
     assert train(text, tmp_path / "float32", "--precision", "highest", "--stop-after", "2") == 0
     assert train(text, tmp_path / "float32", "--resume") == 0
     assert capsys.readouterr().out.count("products in float32") == 2
-    with pytest.raises(BadInput, match="products cannot be had here"), command._precision("half"):
+    with pytest.raises(BadInput, match="in half, which cannot be had here"), command._precision("half"):
         pass
 
 

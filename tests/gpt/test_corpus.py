@@ -57,6 +57,10 @@ def test_tokens_in_a_file_are_tokens_in_memory(text, tmp_path, cache, monkeypatc
     same(open_corpus([str(tmp_path)]), expected)
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before, "made once"
     assert "once" not in capsys.readouterr().out
+    for path in cache.iterdir():                                 # what a cleaner or a full disk leaves
+        for damage in (path.unlink, lambda path=path: path.write_bytes(path.read_bytes()[:-3])):
+            damage()
+            same(open_corpus([str(tmp_path)]), expected)
 
 
 @given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=60), st.integers(1, 9))

@@ -26,7 +26,8 @@ def test_every_public_name_says_what_it_does(name):
 def test_examples_run(name):
     value = inspect.unwrap(PUBLIC[name])
     names = dict(vars(sys.modules[value.__module__]))
-    found = doctest.DocTestParser().get_doctest(PUBLIC[name].__doc__, names, name, None, None)
+    full_name = f"{value.__module__}.{name}"
+    found = doctest.DocTestParser().get_doctest(PUBLIC[name].__doc__, names, full_name, None, None)
     said: list[str] = []
     failures = doctest.DocTestRunner().run(found, out=said.append).failed
     assert failures == 0, "".join(said)

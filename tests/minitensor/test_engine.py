@@ -9,6 +9,7 @@ import pytest
 import minitensor.linalg
 import minitensor.ops
 import minitensor.shape  # noqa: F401  (ops register when they are imported)
+from minitensor.fused import linear
 from minitensor.ops import relu
 from minitensor.tensor import NUMPY, Tensor, fused, grad, no_grad, op, unfused
 from minitensor.testing import gradcheck
@@ -415,3 +416,15 @@ def test_the_gradient_of_what_depends_on_nothing_is_zeros():
     x = leaf(1.0, 2.0)
     dx, = grad(np.sum(2 * x), x, create_graph=True)
     np.testing.assert_array_equal(grad(np.sum(dx), x)[0].numpy(), [0, 0])
+
+
+def test_a_gradient_that_is_written_into_between_two_walks_is_taken_as_it_is():
+    x, weight = (Tensor(np.ones((2, 3)), requires_grad=True) for _ in range(2))
+    y = linear(x, weight, activation="relu2") + 1.0
+    g = np.zeros((2, 2))
+    found = []
+    for i in range(2):
+        g[:] = 0
+        g[i, 0] = 1
+        found.append(grad(y, x, g, retain_graph=True)[0].numpy())
+    assert found[0][0].any() and found[1][1].any() and not found[0][1].any() and not found[1][0].any()

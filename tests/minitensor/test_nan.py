@@ -47,6 +47,26 @@ def test_forward_word_for_word(monkeypatch):
         "  argument 0 (3,) float32: 0 to 1, mean 0.5, std 0.4082, 33.3 % zeros")
 
 
+def test_a_sum_of_gradients_that_overflows():
+    def at_a_leaf():
+        x = leaf(0.1)
+        np.sum(x * 3e38 + x * 3e38).backward()
+
+    def on_the_way():
+        x = leaf(0.1)
+        y = np.sin(x)
+        np.sum(y * 3e38 + y * 3e38).backward()
+
+    def in_two_walks():
+        x = leaf(0.1)
+        for _ in range(2):
+            np.sum(x * 3e38).backward()
+    assert complaint(at_a_leaf).startswith(
+        "detect_nan: the sum of the gradients of a leaf of shape (1,) has 1 of 1 elements infinite")
+    assert "sum of the gradients of the result of op 'sin' has" in complaint(on_the_way)
+    assert "a leaf of shape (1,) has" in complaint(in_two_walks)
+
+
 def test_backward_word_for_word(monkeypatch):
     monkeypatch.chdir(HERE.parent)
 

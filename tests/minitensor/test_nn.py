@@ -273,3 +273,15 @@ def test_frozen_tensors_and_those_in_lists_and_dicts_are_in_the_state():
     assert list(net.state_dict()) == ["scales.0", "linear.weight", "linear.bias", "heads.a.weight"]
     assert [name for name, _ in net.named_parameters()] == ["scales.0", "linear.bias", "heads.a.weight"]
     assert [name for name, _ in net.named_modules()] == ["", "linear", "heads.a"]
+
+
+def test_modules_in_nested_containers_are_found():
+    class Nested(nn.Module):
+        def __init__(self):
+            self.parts = {"a": [nn.Linear(1, 1, bias=False)], "b": (nn.Linear(1, 2), [Tensor([1.0], True)])}
+
+    model = Nested()
+    assert [name for name, _ in model.named_parameters()] == [
+        "parts.b.1.0", "parts.a.0.weight", "parts.b.0.weight", "parts.b.0.bias"]
+    model.eval()
+    assert not model.parts["a"][0].training

@@ -352,16 +352,19 @@ def test_together_clips_by_one_norm_and_moves_all_rates():
     lambda ps: Muon(ps, max_norm=1.0),
     lambda ps: Together([AdamW(ps[:1], 0.01), Muon(ps[1:], 0.02)], max_norm=1.0),
 ], ids=["Muon", "Together"])
-def test_muon_and_adamw_together_change_nothing_at_a_norm_that_is_not_finite(make):
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_muon_and_adamw_together_change_nothing_at_a_norm_that_is_not_finite(make, bad):
     parameters = [Tensor(x, requires_grad=True) for x in matrices(0)]
     optimizer = make(parameters)
     for p, g in zip(parameters, matrices(1), strict=True):
         p.grad = Tensor(g)
-    parameters[2].grad.data[0, 0] = np.nan
+    parameters[2].grad.data[0, 0] = bad
+    gradients = [p.grad.numpy().copy() for p in parameters]
     state = {name: array.copy() for name, array in optimizer.state_dict().items()}
-    assert np.isnan(optimizer.step())
-    for p, x in zip(parameters, matrices(0), strict=True):
+    assert not np.isfinite(optimizer.step())
+    for p, x, g in zip(parameters, matrices(0), gradients, strict=True):
         np.testing.assert_array_equal(p.numpy(), x)
+        np.testing.assert_array_equal(p.grad.numpy(), g)
     assert all(np.array_equal(array, state[name]) for name, array in optimizer.state_dict().items())
 
 
@@ -410,3 +413,13 @@ def test_what_muon_and_together_cannot_take_is_an_error():
                        (lambda: Together([Muon([p]), AdamW([q, p])]), "have the same parameter")):
         with pytest.raises(ValueError, match=said):
             make()
+
+
+def test_together_takes_all_of_a_state_or_nothing():
+    parameters = [Tensor(x, requires_grad=True) for x in matrices(0)]
+    both = Together([AdamW(parameters[:1], 0.01), Muon(parameters[1:], 0.02)])
+    state = {name: np.ones_like(array) for name, array in both.state_dict().items()}
+    state["1.momentum.0"] = np.ones((1, 1))
+    with pytest.raises(ValueError, match=r"Muon does not fit: 'momentum\.0' is"):
+        both.load_state_dict(state)
+    assert not any(array.any() for array in both.state_dict().values())
