@@ -122,7 +122,7 @@ def train_torch(config: Config, loss: float, out: Path) -> dict:
     losses = []
     for step in range(config.steps):
         pair = batch(train_ids, config.batch, config.context, config.seed, step)
-        x, y = map(torch.from_numpy, pair)
+        x, y = (torch.from_numpy(ids).long() for ids in pair)
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, config.steps, config.warmup, config.lr, config.min_lr)
         value = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -142,7 +142,7 @@ def train_torch(config: Config, loss: float, out: Path) -> dict:
     return found
 
 
-def evaluate_torch(model, config: Config, ids: np.ndarray) -> float:
+def evaluate_torch(model, config: Config, val_ids: np.ndarray) -> float:
     """As `gpt.train.evaluate`: the same windows, summed in float64."""
     import torch
 
@@ -150,12 +150,12 @@ def evaluate_torch(model, config: Config, ids: np.ndarray) -> float:
     total = 0.0
     model.eval()
     with torch.no_grad():
-        for pair in windows(ids, config.context, batch=max(1, 4096 // config.context)):
-            x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in pair)
+        for pair in windows(val_ids, config.context, batch=max(1, 4096 // config.context)):
+            x, y = (torch.from_numpy(ids).long() for ids in pair)
             losses = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
             total += losses.double().sum().item()
     model.train()
-    return total / (len(ids) - 1)
+    return total / (len(val_ids) - 1)
 
 
 # ---- ablations ---------------------------------------------------------------------------------------------
