@@ -51,13 +51,14 @@ def take_up(path: Path, given: dict[str, Any], data: list[str] | None,
     """
     run = load_run(path)
     corpus = open_corpus(data or _paths(run.source), run.tokenizer)
-    asked = _source(corpus, data, precision or run.source.get("precision", "highest"))
+    kept = run.source.setdefault("precision", "highest")
+    asked = _source(corpus, data, precision or kept)
     differ = _differences(given, run.config)
     if asked["sha256"] != run.source.get("sha256"):
         differ.append(f"the text is {asked['name']} (sha256 {asked['sha256'][:12]}), the run has "
                       f"{run.source.get('name')} (sha256 {run.source.get('sha256', '')[:12]})")
-    if asked["precision"] != run.source.setdefault("precision", "highest"):
-        differ.append(f"--precision is {asked['precision']}, the run has {run.source['precision']}")
+    if asked["precision"] != kept:
+        differ.append(f"--precision is {asked['precision']}, the run has {kept}")
     if differ:
         raise BadInput(f"--resume: this is not the run in {str(path.parent)!r}: {'; '.join(differ)}; give "
                        "the run's own values, or leave --resume out to start anew")

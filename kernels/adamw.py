@@ -27,10 +27,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
     themselves stay as they are).
     """
     groups = {"parameters": parameters, "gradients": gradients, "firsts": firsts, "seconds": seconds}
-    for name, arrays in groups.items():
-        check_list("adamw", name, arrays, parameters)
-        if not all(x.flags.writeable for x in arrays) and name != "gradients":
-            raise ValueError(f"adamw: {name} holds a read-only array; it is updated in place, so pass a copy")
+    check_lists("adamw", groups)
     if len(decays) != len(parameters):
         raise ValueError(f"adamw: decays holds {len(decays)} numbers; there are {len(parameters)} parameters")
     if step < 1:
@@ -48,7 +45,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
 
 def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     """Σ x² over all arrays, which are of one dtype, in float64: for the norm of a gradient."""
-    check_list("sum_of_squares", "arrays", arrays, arrays)
+    _check_list("sum_of_squares", "arrays", arrays, arrays)
     if not arrays:
         return 0.0
     addresses, ends = _table(arrays)
@@ -57,7 +54,16 @@ def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     return float(partial.sum())
 
 
-def check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray]) -> None:
+def check_lists(name: str, groups: dict[str, Sequence[np.ndarray]]) -> None:
+    """Raise unless each list is of the parameters' shapes; all but the gradients are to be written into."""
+    for list_name, arrays in groups.items():
+        _check_list(name, list_name, arrays, groups["parameters"])
+        if not all(x.flags.writeable for x in arrays) and list_name != "gradients":
+            raise ValueError(f"{name}: {list_name} holds a read-only array; it is updated in place, "
+                             "so pass a copy")
+
+
+def _check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray]) -> None:
     """Raise unless arrays is a list of arrays of the shapes of like's, all of one dtype."""
     if not isinstance(arrays, (list, tuple)):
         raise TypeError(f"{name}: {list_name} is a {type(arrays).__name__}; it must be a list of arrays")

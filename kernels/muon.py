@@ -23,7 +23,7 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.adamw import array_at, check_list
+from kernels.adamw import array_at, check_lists
 from kernels.check import check
 from kernels.jit import helper, kernel, launch
 from kernels.matmul import matmul
@@ -41,10 +41,7 @@ def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], mome
     (which themselves stay as they are). Products are in the precision that `set_matmul_precision` names, but
     for matrices at least twice as long as wide (or as wide as long), whose form is not stable in bfloat16.
     """
-    for name, arrays in {"parameters": parameters, "gradients": gradients, "momenta": momenta}.items():
-        check_list("muon", name, arrays, parameters)
-        if not all(x.flags.writeable for x in arrays) and name != "gradients":
-            raise ValueError(f"muon: {name} holds a read-only array; it is updated in place, so pass a copy")
+    check_lists("muon", {"parameters": parameters, "gradients": gradients, "momenta": momenta})
     if len(parts) != len(parameters):
         raise ValueError(f"muon: parts holds {len(parts)} numbers; there are {len(parameters)} parameters")
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}       # which parameter, which part of it

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -81,6 +81,21 @@ def stale(name: str, shape: tuple[int, ...], which: str) -> RuntimeError:
     return RuntimeError(f"backward: the {which} of op '{name}', of shape {shape}, was changed through .data "
                         "after the op had run, so its gradient may be wrong; change it before the forward "
                         "pass or after backward(), or build a new Tensor")
+
+
+def require_fit(owner: object, state: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
+                optional: bool = False) -> None:
+    """ValueError that lists how a state_dict's arrays differ from owner's; optional: some may be missing."""
+    problems = [f"missing {name!r}" for name in own if name not in state and not optional]
+    problems += [f"unexpected {name!r}" for name in state if name not in own]
+    for name in own.keys() & state.keys():
+        given, array = state[name], own[name]
+        if given.shape != array.shape or given.dtype != array.dtype:
+            problems.append(f"{name!r} is {given.dtype} {given.shape}, "
+                            f"it must be {array.dtype} {array.shape}")
+    if problems:
+        raise ValueError(f"load_state_dict: {type(owner).__name__} does not fit: "
+                         f"{'; '.join(sorted(problems))}")
 
 
 def listed(shapes: Sequence[tuple[int, ...]]) -> str:

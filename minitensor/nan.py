@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minitensor.tensor import Node, Tensor, _caller, _set, _state
-from minitensor.trace import module_path, number, op_name, place, summary
+from minitensor.trace import module_path, number, place, summary
 
 
 @contextlib.contextmanager
@@ -43,21 +43,21 @@ class _Doctor:
         if made := _made(result.data, inputs):
             node = result.node
             code, instruction = (node.code, node.instruction) if node else _caller(3)
-            raise FloatingPointError(_report(f"op '{op_name(op)}' made {made}", code, instruction,
+            raise FloatingPointError(_report(f"op '{op.__name__}' made {made}", code, instruction,
                                              _state.modules, inputs, None))
 
     def added(self, x: Tensor, before: Any, g: Any) -> None:
         with np.errstate(over="ignore"):
             if made := _made(_array(before) + _array(g), (before, g)):
                 where = (x.node.code, x.node.instruction, x.node.modules) if x.node else (*_caller(4), ())
-                name = f"the result of op '{op_name(x.node.op)}'" if x.node else f"a leaf of shape {x.shape}"
+                name = f"the result of op '{x.node.op.__name__}'" if x.node else f"a leaf of shape {x.shape}"
                 raise FloatingPointError(_report(f"the sum of the gradients of {name} has {made}", *where,
                                                  (before, g), None))
 
     def backward(self, node: Node, inputs: tuple, g: Any, argument: int, gx: Any) -> None:
         if made := _made(gx, (g, *inputs)):
             raise FloatingPointError(_report(
-                f"the vjp of '{op_name(node.op)}' for argument {argument} made {made}", node.code,
+                f"the vjp of '{node.op.__name__}' for argument {argument} made {made}", node.code,
                 node.instruction, node.modules, inputs, g))
 
 

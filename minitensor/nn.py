@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minitensor import explain
 from minitensor.fused import dropout, embedding, layernorm, linear
 from minitensor.random import generator
 from minitensor.tensor import Tensor, _state
@@ -81,17 +82,7 @@ class Module:
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Copy arrays into the Tensors; ValueError, and no change, unless names, shapes, dtypes agree."""
-        own = self.state_dict()
-        problems = [f"missing {name!r}" for name in own if name not in state]
-        problems += [f"unexpected {name!r}" for name in state if name not in own]
-        for name in own.keys() & state.keys():
-            given, array = state[name], own[name]
-            if given.shape != array.shape or given.dtype != array.dtype:
-                problems.append(f"{name!r} is {given.dtype} {given.shape}, "
-                                f"it must be {array.dtype} {array.shape}")
-        if problems:
-            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
-                             f"{'; '.join(sorted(problems))}")
+        explain.require_fit(self, state, self.state_dict())
         for name, tensor in self.named_tensors():
             tensor.data[...] = state[name]
             tensor.data = tensor.data                       # so that a graph of the old values notices

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import kernels
+from minitensor import explain
 from minitensor.tensor import Tensor
 
 
@@ -118,20 +119,6 @@ class _Optimizer:
         for p in self.parameters:
             p.grad = None
 
-    def _check_state(self, state: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
-                     optional: bool = False) -> None:
-        """ValueError that lists how state and own differ; optional: names may be missing."""
-        problems = [f"missing {name!r}" for name in own if name not in state and not optional]
-        problems += [f"unexpected {name!r}" for name in state if name not in own]
-        for name in own.keys() & state.keys():
-            given, array = state[name], own[name]
-            if given.shape != array.shape or given.dtype != array.dtype:
-                problems.append(f"{name!r} is {given.dtype} {given.shape}, "
-                                f"it must be {array.dtype} {array.shape}")
-        if problems:
-            raise ValueError(f"load_state_dict: {type(self).__name__} does not fit: "
-                             f"{'; '.join(sorted(problems))}")
-
 
 class SGD(_Optimizer):
     """p ← p - lr b,   b ← momentum b + g (b starts as g, as in PyTorch).
@@ -169,7 +156,7 @@ class SGD(_Optimizer):
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Take the buffers that `state_dict` gave; ValueError, and no change, unless they fit."""
         own = {f"buffers.{i}": p.data for i, p in enumerate(self.parameters)}
-        self._check_state(state, own, optional=True)
+        explain.require_fit(self, state, own, optional=True)
         self.buffers = [state[name].copy() if name in state else None for name in own]
 
 
@@ -231,7 +218,7 @@ class AdamW(_Optimizer):
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Copy what `state_dict` gave; ValueError, and no change, unless names, shapes and dtypes agree."""
         own = self.state_dict()
-        self._check_state(state, own)
+        explain.require_fit(self, state, own)
         if (state["steps"] < 0).any():
             raise ValueError("load_state_dict: AdamW does not fit: 'steps' has a negative number")
         for name, array in own.items():
@@ -290,7 +277,7 @@ class Muon(_Optimizer):
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Copy the momenta that `state_dict` gave; ValueError, and no change, unless all fit."""
         own = self.state_dict()
-        self._check_state(state, own)
+        explain.require_fit(self, state, own)
         for name, array in own.items():
             array[...] = state[name]
 

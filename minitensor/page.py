@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minitensor.tensor import Tensor
-from minitensor.trace import Step, Summary, Trace, number, op_name, summary
+from minitensor.trace import Step, Summary, Trace, number, summary
 
 SHOWN = 64                                   # elements whose numbers a page shows; of others, the colours
 WIDTH, GAP = 160, 28                         # of a box, and between boxes or lines
@@ -37,7 +37,7 @@ def frame_html(trace: Trace) -> str:
 
 def tensor_html(x: Tensor) -> str:
     """A Tensor in a notebook: what it is, its values in colour, and its gradient's."""
-    made = f", made by {op_name(x.node.op)}" if x.node else ", requires a gradient" * x.requires_grad
+    made = f", made by {x.node.op.__name__}" if x.node else ", requires a gradient" * x.requires_grad
     parts = [f"<b>Tensor</b> {html.escape(f'{x.shape} {x.dtype}{made}')}", _picture(summary(x.data))]
     if x.grad is not None:
         parts += ["gradient", _picture(summary(x.grad.data))]

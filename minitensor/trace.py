@@ -148,7 +148,7 @@ def trace(loss: Tensor, gradient: Any = None, retain_graph: bool = False) -> Tra
             steps.append(Step("leaf", names.tensors.get(id(x)) or variables.get(id(x), ""), "", "", 0, "", "",
                               {}, x.shape, str(x.dtype), value, recorder.gradients[i], *flows, "", []))
             continue
-        steps.append(Step(op_name(node.op), variables.get(id(x), ""), names.module(node.modules),
+        steps.append(Step(node.op.__name__, variables.get(id(x), ""), names.module(node.modules),
                           *place(node.code, node.instruction), _options(node.options),
                           {j: _constant(y) for j, y in enumerate(inputs[i])
                            if not (isinstance(y, Tensor) and y.requires_grad)},
@@ -284,11 +284,6 @@ class _Names:
             self.modules[id(outermost)] = {id(module): path for path, module in named}
             self.tensors.update((id(x), path) for path, x in outermost.named_tensors())
         return self.modules[id(outermost)].get(id(innermost)) or type(innermost).__name__
-
-
-def op_name(op: Callable) -> str:
-    """The op's name as users know it: a fused op's may begin with an underscore."""
-    return op.__name__.lstrip("_")
 
 
 def module_path(stack: tuple) -> str:

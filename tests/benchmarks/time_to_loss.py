@@ -185,27 +185,28 @@ def compare(options: argparse.Namespace, changes: dict) -> None:
     steps = changes.get("steps", RECIPES[options.recipe].steps)
     ours = {**changes, "eval_every": max(1, steps // options.evaluations)}
     steps = options.torch_steps or RECIPES["classic"].steps
-    theirs = {"steps": steps, "eval_every": max(1, steps // options.evaluations)}
+    peers = {"steps": steps, "eval_every": max(1, steps // options.evaluations)}
     with tempfile.TemporaryDirectory() as folder:                    # compile first, for the warm runs
         subprocess.run([*command(Path(folder), options.recipe, {}), *TINY], check=True,
                        stdout=subprocess.DEVNULL)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list] = {}
 
     def note(side: str, found: dict) -> None:
         print(json.dumps({"side": side, "loss": options.loss, **found}), flush=True)
-        times.setdefault(side, []).append(found["seconds"] if found["reached"] else float("nan"))
+        times.setdefault(side, []).append(found["seconds"] if found["reached"] else None)
 
     for repeat in range(options.repeats):
         note("ours", run_ours(options.recipe, {**ours, "seed": options.seed + repeat}, options.loss, {}))
         if options.torch:
-            note("torch", run_torch({**theirs, "seed": options.seed + repeat}, options.loss))
+            note("torch", run_torch({**peers, "seed": options.seed + repeat}, options.loss))
     if options.cold:
         with tempfile.TemporaryDirectory() as cache:
             note("ours, cold", run_ours(options.recipe, {**ours, "seed": options.seed}, options.loss,
                                         {"NUMBA_CACHE_DIR": cache}))
-    medians = {side: statistics.median(values) for side, values in times.items()}
+    medians = {side: statistics.median(values) if all(values) else None for side, values in times.items()}
+    mine, theirs = medians["ours"], medians.get("torch")         # None: a run that ended above the loss
     print(json.dumps({"recipe": options.recipe, "loss": options.loss, "seconds": medians,
-                      "ratio": round(medians["torch"] / medians["ours"], 2) if options.torch else None}))
+                      "ratio": round(theirs / mine, 2) if mine and theirs else None}))
 
 
 def main() -> None:
