@@ -32,6 +32,7 @@ BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
 BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
+LINE = 16                   # floats in a line of the cache
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
@@ -167,8 +168,10 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     blocks = max(blocks, min(height, -(-wanted // chunks)))
     # A is read where it is, but for the rows of a last, partial tile.
     first_copied = m // ROWS if a.strides[1] % SAME_SET and not bf16 else 0
-    size_a, size_b = ROWS * (depth + PAD), depth * width
-    end_a = len(a) * (height - first_copied) * size_a
+    deep = depth // 2 if bf16 else depth
+    size_a, size_b = -(-ROWS * (deep + PAD) // LINE) * LINE, deep * width
+    copies = max_threads() * -(-height // blocks) if chunks == 1 else len(a) * (height - first_copied)
+    end_a = copies * size_a
     end_b = end_a + len(b) * panels * size_b
     scratch = memory.empty(end_b + max_threads() * ROWS * width, c.dtype)
     none = c[:0]
@@ -184,20 +187,22 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed
     blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
     height = (m + ROWS - 1) // ROWS                 # in register tiles
-    copied = height - first_copied
+    most_rows = (height + blocks - 1) // blocks     # of a block
+    # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
+    shared = height - first_copied if chunks > 1 else 0
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), max(most_deep, 1)):
             depth = min(most_deep, k - k0)
-            for index in prange(batch_b * panels + len(a) * copied):
+            for index in prange(batch_b * panels + len(a) * shared):
                 task = np.int64(index)
                 if task < batch_b * panels:
                     pack_b(b, packed_b, task // panels, task % panels, n0, n, k0, k, depth, width, size_b,
                            transpose_b, bf16)
                 else:
                     tile = task - batch_b * panels
-                    pack_a(a[tile // copied], packed_a, tile, first_copied + tile % copied, m, k0, depth,
-                           size_a, transpose_a, bf16)
+                    pack_a(a[tile // shared], packed_a, tile * size_a, first_copied + tile % shared, m, k0,
+                           depth, size_a, transpose_a, bf16)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
@@ -205,10 +210,14 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed
                 batch_a, i0 = batch if len(a) > 1 else 0, height * block // blocks
                 i1 = height * (block + 1) // blocks
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                multiply_block(a[batch_a], packed_a, (batch_a * copied - first_copied) * size_a, first_copied,
-                               size_a, packed_b, (batch * panels if batch_b > 1 else 0) * size_b, size_b,
-                               bias, edges[numba.get_thread_id()], c[batch], i0, i1, k0, depth, n0, width,
-                               first, last, transpose_a, bf16)
+                thread = numba.get_thread_id()
+                copy = batch_a * shared - first_copied if shared else thread * most_rows - i0     # of tile 0
+                for tile in range(i1 if shared else max(i0, first_copied), i1):
+                    pack_a(a[batch_a], packed_a, (copy + tile) * size_a, tile, m, k0, depth, size_a,
+                           transpose_a, bf16)
+                multiply_block(a[batch_a], packed_a, copy * size_a, first_copied, size_a, packed_b,
+                               (batch * panels if batch_b > 1 else 0) * size_b, size_b, bias, edges[thread],
+                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a, bf16)
                 if k0 + depth == k and len(activated):
                     activate_block(c[batch], activated[batch], activation, i0 * ROWS, min(m, i1 * ROWS),
                                    n0 + first * width, min(n, n0 + last * width))
@@ -232,14 +241,14 @@ def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed
 
 
 @mover
-def pack_a(a, packed, slot, tile, m, k0, depth, size, transposed, bf16):
-    """The rows of one register tile of op(A): k by k if transposed, else row by row."""
+def pack_a(a, packed, start, tile, m, k0, depth, size, transposed, bf16):
+    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
     out_of_line()
     i0, rows = tile * ROWS, min(ROWS, m - tile * ROWS)
-    to = packed[slot * size:(slot + 1) * size]
+    to = packed[start:start + size]
     flat = a.reshape(-1)
     if transposed and bf16:
-        pair_columns(flat, k0 * m + i0, m, rows, depth, packed, slot * size, ROWS)
+        pair_columns(flat, k0 * m + i0, m, rows, depth, packed, start, ROWS)
     elif transposed and rows == ROWS:
         for p in range(depth):
             row, panel = a[k0 + p, i0:i0 + ROWS], to[p * ROWS:(p + 1) * ROWS]

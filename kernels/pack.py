@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.jit import exact, mover
-from kernels.simd import bits, copy_columns, from_bits, out_of_line, transpose_block
+from kernels.simd import bits, copy_columns, from_bits, out_of_line, prefetch_columns, transpose_block
+
+AHEAD = 8         # rows far apart come from memory as if at random: each is asked for so many rows before
 
 
 @mover
@@ -17,6 +19,7 @@ def pack_columns(x, start, stride, count, depth, to, to_start, width):
     out_of_line()
     if count == width:
         for p in range(depth):
+            prefetch_columns(x, start + (p + AHEAD) * stride)
             copy_columns(x, start + p * stride, to, to_start + p * width)
     else:
         for p in range(depth):
@@ -72,6 +75,8 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
     """As `pack_columns`, in pairs of rows."""
     out_of_line()
     for p in range((depth + 1) // 2):
+        prefetch_columns(x, start + (2 * p + AHEAD) * stride)
+        prefetch_columns(x, start + (2 * p + 1 + AHEAD) * stride)
         low = x[start + 2 * p * stride:start + 2 * p * stride + count]
         panel = to[to_start + p * width:to_start + (p + 1) * width]
         if 2 * p + 1 < depth:

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from kernels.cpu import TARGET
 
 ROWS = TARGET.rows
+LINE = 64                # bytes that a cache fetches at once
 I32, INDEX = ir.IntType(32), ir.IntType(64)
 
 
@@ -157,7 +158,8 @@ def _tile_function(module, real, vectors, pairs):
     zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
-    _prefetch_for_writing(module, build, rows_of_c, vectors)
+    for row in rows_of_c:                    # asked for by the stores at the end, each would be waited for
+        _prefetch(build, row, vectors, write=True)
     places = [(i, j) for i in range(ROWS) for j in range(vectors)]
     build.cbranch(build.icmp_unsigned("!=", given, ir.Constant(pointer, None)), load, head)
 
@@ -270,15 +272,24 @@ def copy_columns(typing, x, x_start, to, to_start):
     return signature, generate
 
 
-def _prefetch_for_writing(module, build, addresses, vectors):
-    """Ask for the lines of C before the loop: asked for by the stores after it, each would be waited for."""
+def _prefetch(build, address, vectors, write):
+    """Ask for the lines of so many vectors from an address on, before they are needed."""
     byte = ir.IntType(8).as_pointer()
     prefetch = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
-    for address in addresses:
-        for line in range(0, vectors * TARGET.vector_bytes, 64):
-            at = build.gep(build.bitcast(address, byte), [ir.Constant(INDEX, line)])
-            build.call(prefetch, [at, ir.Constant(I32, 1), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        build.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0")
+    for line in range(0, vectors * TARGET.vector_bytes, LINE):
+        at = build.gep(build.bitcast(address, byte), [ir.Constant(INDEX, line)])
+        build.call(prefetch, [at, ir.Constant(I32, int(write)), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+
+
+@intrinsic
+def prefetch_columns(typing, x, start):
+    """Ask for two vectors, the width of the register tile, before they are needed; start may lie beyond x."""
+    def generate(context, build, signature, args):
+        data = context.make_array(signature.args[0])(context, build, args[0]).data
+        _prefetch(build, build.gep(data, [args[1]]), 2, write=False)
+        return context.get_dummy_value()
+    return types.void(x, types.intp), generate
 
 
 @intrinsic
