@@ -90,7 +90,7 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
         a, b = _flat_batch(a, batch), _flat_batch(b, batch)
-        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
+        product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
     return c
 
 
@@ -117,7 +117,7 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
     before = memory.empty((len(x), len(weight)), x.dtype)
     y = before if activation is None else memory.empty(before.shape, x.dtype)
     if y.size:
-        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
+        product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
                  None if activation is None else y[None], ACTIVATIONS.get(activation or "", GELU))
     return y, before
 
@@ -152,10 +152,12 @@ def add_rows(x, first, last, total):
             total[j] += a[j]
 
 
-def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False):
+def product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False,
+             half=False):
     """c = op(a) @ op(b) + bias, activated = activation(c), all 3-D; a or b may have a batch of one.
 
-    exact: in the arrays' own precision, whatever `set_matmul_precision` says.
+    exact: in the arrays' own precision, whatever `set_matmul_precision` says. half: nothing is written to
+    register tiles that lie below the diagonal.
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
@@ -176,14 +178,14 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     scratch = memory.empty(end_b + max_threads() * ROWS * width, c.dtype)
     none = c[:0]
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           (blocks, chunks, width, first_copied, depth, size_a, size_b), bf16, scratch[:end_a],
+           (blocks, chunks, width, first_copied, depth, size_a, size_b), half, bf16, scratch[:end_a],
            scratch[end_a:end_b], scratch[end_b:].reshape(-1, ROWS, width),
            none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed_a, packed_b, edges, bias,
-              activated, activation, tasks):
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, half, bf16, packed_a, packed_b, edges,
+              bias, activated, activation, tasks):
     blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
     m, n = c.shape[1:]
     height = (m + ROWS - 1) // ROWS                 # in register tiles
@@ -217,7 +219,7 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, bf16, packed
                            transpose_a, bf16)
                 multiply_block(a[batch_a], packed_a, copy * size_a, first_copied, size_a, packed_b,
                                (batch * panels if batch_b > 1 else 0) * size_b, size_b, bias, edges[thread],
-                               c[batch], i0, i1, k0, depth, n0, width, first, last, transpose_a, bf16)
+                               c[batch], i0, i1, k0, depth, n0, width, first, last, half, transpose_a, bf16)
                 if k0 + depth == k and len(activated):
                     activate_block(c[batch], activated[batch], activation, i0 * ROWS, min(m, i1 * ROWS),
                                    n0 + first * width, min(n, n0 + last * width))
@@ -284,16 +286,16 @@ def activate_block(c, activated, activation, i0, i1, j0, j1):
 
 @helper
 def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, bias, edge, c, i0, i1, k0,
-                   depth, n0, width, first, last, transposed, bf16):
+                   depth, n0, width, first, last, half, transposed, bf16):
     """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
-    edge: scratch for a tile that reaches beyond C.
+    half: leave out tiles below the diagonal; edge: scratch for a tile that reaches beyond C.
     """
     (m, n), deep = c.shape, (depth + 1) // 2 if bf16 else depth
     for panel in range(first, last):
         j = n0 + panel * width
         b_at = address(b, start_b + panel * size_b)
-        for tile in range(i0, i1):
+        for tile in range(i0, min(i1, (j + width + ROWS - 1) // ROWS) if half else i1):
             i = tile * ROWS
             if tile < first_copied and transposed:
                 a_at, row, step = address(a, k0 * m + i), 1, m

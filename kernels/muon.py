@@ -4,15 +4,15 @@ Source: Jordan et al. 2024.
     g ← s g,   b ← μ b + (1 - μ) g,   u = μ b + (1 - μ) g        (Nesterov's momentum)
     p ← p - lr λ p - lr √max(1, M / N) orthogonal(u)             for p of M rows and N columns
 
-orthogonal(u) takes X = u / ‖u‖ five times through X ← (a I + b A + c A²) X with A = X Xᵀ, an odd quintic of
-the singular values that leaves them between 0.67 and 1.21 if they began above 0.0015. With Y = c^¼ X and
-G = Y Yᵀ = √c A the bracket S is a square:
+orthogonal(u) takes X = u / ‖u‖ five times through X ← (a I + b G + c G²) X with G = X Xᵀ, an odd quintic of
+the singular values that leaves them between 0.67 and 1.21 if they began above 0.0015. The bracket is
 
-    S = a I + b A + c A² = (G + h I)² + d I,   h = b / (2 √c),   d = a - b² / (4 c)
+    S = a I + b G + c G² = c (G + h I)² + d I,   h = b / (2 c),   d = a - b² / (4 c)
 
-so that all there is to do beside products is to add to diagonals. For more rows than columns G = YᵀY, and S
-stands on the right. S and G commute, and the next G is S G S: where Y is long, the five S are gathered in
-products as small as G, and Y is multiplied once, by all of them.
+so that all there is to do beside products is to scale them and to add to diagonals. For more rows than
+columns G = XᵀX, and S stands on the right. S and G commute, and the next G is S G S: where X is long, the
+five S are gathered in products as small as G, and X is multiplied once, by all of them. Of all products only
+those with S X, or X S, are not symmetric.
 """
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from kernels.adamw import array_at, check_lists
 from kernels.check import check
 from kernels.jit import helper, kernel, launch
 from kernels.matmul import matmul
+from kernels.symmetric import symmetric_matmul
 
-STEPS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
-A, B, C = COEFFICIENTS
-INNER, OUTER, UNIT = B / (2 * math.sqrt(C)), A - B * B / (4 * C), C**0.25
+COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5                    # a, b, c of each step
+STEPS = [(b / (2 * c), c, a - b * b / (4 * c)) for a, b, c in COEFFICIENTS]          # h, c, d
+EPS = 1e-7
 
 
 def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], momenta: Sequence[np.ndarray],
@@ -59,7 +60,7 @@ def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], mome
         launch(_nesterov, len(places), like, addresses, like.dtype.type(momentum),
                like.dtype.type(1 - momentum), like.dtype.type(scale), stack.reshape(len(places), -1))
         update = _iterate(stack)
-        rate = lr * math.sqrt(max(1, rows / columns)) / UNIT
+        rate = lr * math.sqrt(max(1, rows / columns))
         launch(_descend, len(places), like, addresses, like.dtype.type(1 - lr * decay),
                like.dtype.type(rate), update.reshape(len(places), -1))
 
@@ -68,47 +69,37 @@ def orthogonal(x: np.ndarray) -> np.ndarray:
     """The matrices of x (n, M, N) with all singular values brought near 1, up to noise in zeros."""
     check("orthogonal", "x", x, (None, None, None))
     norms = np.sqrt(np.sum(x * x, axis=(1, 2), keepdims=True)) + EPS
-    return _iterate(x * (UNIT / norms).astype(x.dtype)) * x.dtype.type(1 / UNIT)
+    return _iterate(x / norms)
 
 
-def _iterate(y: np.ndarray) -> np.ndarray:
-    """The steps of Newton and Schulz on Y (n, M, N)."""
-    tall = y.shape[1] > y.shape[2]
-    if max(y.shape[1:]) >= 2 * min(y.shape[1:]):
-        steps = _gathered(matmul(y, y, transpose_a=tall, transpose_b=not tall, exact=True))
-        return matmul(y, steps, exact=True) if tall else matmul(steps, y, exact=True)
-    for _ in range(STEPS):
-        bracket = _bracket(matmul(y, y, transpose_a=tall, transpose_b=not tall))
-        y = matmul(y, bracket) if tall else matmul(bracket, y)
-    return y
+def _iterate(x: np.ndarray) -> np.ndarray:
+    """The steps of Newton and Schulz on X (n, M, N)."""
+    tall = x.shape[1] > x.shape[2]
+    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
+        steps = _gathered(symmetric_matmul(x, x, tall, not tall, exact=True))
+        return matmul(x, steps, exact=True) if tall else matmul(steps, x, exact=True)
+    for h, c, d in STEPS:
+        shifted = symmetric_matmul(x, x, tall, not tall, shift=h)
+        bracket = symmetric_matmul(shifted, shifted, scale=c, shift=d)
+        x = matmul(x, bracket) if tall else matmul(bracket, x)
+    return x
 
 
 def _gathered(gram: np.ndarray) -> np.ndarray:
-    """The product of all S, from the first G; never in bfloat16, as G forgets what Y is."""
-    steps = bracket = _bracket(_copy(gram), exact=True)
-    for _ in range(STEPS - 1):
-        gram = matmul(matmul(bracket, gram, exact=True), bracket, exact=True)
-        bracket = _bracket(_copy(gram), exact=True)
-        steps = matmul(bracket, steps, exact=True)
+    """The product of all S, from the first G; never in bfloat16, as G forgets what X is."""
+    steps = bracket = _bracket(gram, *STEPS[0])
+    for step in STEPS[1:]:
+        gram = symmetric_matmul(symmetric_matmul(bracket, gram, exact=True), bracket, exact=True)
+        bracket = _bracket(gram, *step)
+        steps = symmetric_matmul(bracket, steps, exact=True)
     return steps
 
 
-def _bracket(gram: np.ndarray, exact: bool = False) -> np.ndarray:
-    """S; gram is overwritten."""
-    _add_to_diagonals(gram, INNER)
-    bracket = matmul(gram, gram, exact=exact)
-    _add_to_diagonals(bracket, OUTER)
-    return bracket
-
-
-def _copy(x: np.ndarray) -> np.ndarray:
-    copy = memory.empty(x.shape, x.dtype)
-    copy[...] = x
-    return copy
-
-
-def _add_to_diagonals(x: np.ndarray, value: float) -> None:
-    x.reshape(len(x), -1)[:, ::x.shape[1] + 1] += x.dtype.type(value)
+def _bracket(gram: np.ndarray, h: float, c: float, d: float) -> np.ndarray:
+    shifted = memory.empty(gram.shape, gram.dtype)
+    shifted[...] = gram
+    shifted.reshape(len(gram), -1)[:, ::gram.shape[1] + 1] += gram.dtype.type(h)
+    return symmetric_matmul(shifted, shifted, exact=True, scale=c, shift=d)
 
 
 @kernel
@@ -121,17 +112,17 @@ def _nesterov(like, addresses, momentum, rest, scale, stack, tasks):
 
 
 @helper
-def nesterov_part(g, b, momentum, rest, scale, y):
-    """Update one matrix's momentum, and write Y of the first step."""
+def nesterov_part(g, b, momentum, rest, scale, x):
+    """Update one matrix's momentum, and write the first X."""
     squares = 0.0
     for i in range(g.size):
         gi = rest * scale * g[i]
         b[i] = momentum * b[i] + gi
-        y[i] = momentum * b[i] + gi
-        squares += np.float64(y[i]) * np.float64(y[i])
-    factor = y.dtype.type(UNIT / (math.sqrt(squares) + EPS))
-    for i in range(y.size):
-        y[i] *= factor
+        x[i] = momentum * b[i] + gi
+        squares += np.float64(x[i]) * np.float64(x[i])
+    factor = x.dtype.type(1 / (math.sqrt(squares) + EPS))
+    for i in range(x.size):
+        x[i] *= factor
 
 
 @kernel
