@@ -18,24 +18,27 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.amx import PAIRS, start_tiles, stop_tiles
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
-from kernels.pack import pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
+from kernels.pack import mirror_stripe, pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
 from kernels.relu2 import relu2_row
-from kernels.simd import ROWS, address, columns, out_of_line, register_tile
+from kernels.simd import address, columns, height, out_of_line, register_tile, transpose_block
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
 # the second, which is fast enough, as a step takes 14 cycles or more.
 BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
-BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache
+BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache, or
+                            # 512 x 384 pairs on a tile unit
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-LINE = 16                   # floats in a line of the cache
+ALIGN = 16                  # floats to a line of the cache
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
 
@@ -90,7 +93,22 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
         a, b = _flat_batch(a, batch), _flat_batch(b, batch)
-        product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
+        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
+    return c
+
+
+def symmetric_matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b: bool = False,
+                     exact: bool = False, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """a (n, ., .), b (n, ., .) -> scale op(a) @ op(b) + shift I (n, M, M), which must be symmetric.
+
+    Arguments else as `matmul`'s. What is above the diagonal is computed, and copied below it.
+    """
+    check("symmetric_matmul", "a", a, (None, None, None))
+    k, m = a.shape[1:] if transpose_a else a.shape[:0:-1]
+    check("symmetric_matmul", "b", b, (len(a), m, k) if transpose_b else (len(a), k, m), like=a)
+    c = memory.empty((len(a), m, m), a.dtype)
+    if c.size:
+        _product(a, b, c, k, transpose_a, transpose_b, exact=exact, mirrored=(scale, shift))
     return c
 
 
@@ -117,7 +135,7 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
     before = memory.empty((len(x), len(weight)), x.dtype)
     y = before if activation is None else memory.empty(before.shape, x.dtype)
     if y.size:
-        product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
+        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
                  None if activation is None else y[None], ACTIVATIONS.get(activation or "", GELU))
     return y, before
 
@@ -152,46 +170,50 @@ def add_rows(x, first, last, total):
             total[j] += a[j]
 
 
-def product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False,
-             half=False):
+def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False,
+             mirrored=None):
     """c = op(a) @ op(b) + bias, activated = activation(c), all 3-D; a or b may have a batch of one.
 
-    exact: in the arrays' own precision, whatever `set_matmul_precision` says. half: nothing is written to
-    register tiles that lie below the diagonal.
+    exact: in the arrays' own precision, whatever `set_matmul_precision` says. mirrored: (scale, shift) of a
+    product that is symmetric, and has no bias.
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
-    width, height = columns(c.dtype), -(-m // ROWS)
+    rows, width = height(bf16), columns(c.dtype)
+    tall = -(-m // rows)                                                                  # in register tiles
     panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in like parts,
     depth += depth % 2 if bf16 else 0                                                     # of whole pairs
     wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
-    blocks = -(-height // BLOCK_M)
+    blocks = -(-tall // BLOCK_M)
     chunks = max(1, min(panels, wanted // blocks))
-    blocks = max(blocks, min(height, -(-wanted // chunks)))
+    blocks = max(blocks, min(tall, -(-wanted // chunks)))
     # A is read where it is, but for the rows of a last, partial tile.
-    first_copied = m // ROWS if a.strides[1] % SAME_SET and not bf16 else 0
-    deep = depth // 2 if bf16 else depth
-    size_a, size_b = -(-ROWS * (deep + PAD) // LINE) * LINE, deep * width
-    copies = max_threads() * -(-height // blocks) if chunks == 1 else len(a) * (height - first_copied)
+    first_copied = m // rows if a.strides[1] % SAME_SET and not bf16 else 0
+    deep = steps.py_func(depth, bf16)
+    size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
+    # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
+    shared = tall - first_copied if chunks > 1 else 0
+    copies = len(a) * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
     end_a = copies * size_a
     end_b = end_a + len(b) * panels * size_b
-    scratch = memory.empty(end_b + max_threads() * ROWS * width, c.dtype)
+    scratch = memory.empty(end_b + max_threads() * rows * width, c.dtype)
     none = c[:0]
+    scale, shift = map(c.dtype.type, mirrored or (1, 0))
     launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           (blocks, chunks, width, first_copied, depth, size_a, size_b), half, bf16, scratch[:end_a],
-           scratch[end_a:end_b], scratch[end_b:].reshape(-1, ROWS, width),
-           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
+           (blocks, chunks, rows, width, first_copied, shared, depth, size_a, size_b),
+           (mirrored is not None, scale, shift), bf16, scratch[:end_a], scratch[end_a:end_b],
+           scratch[end_b:].reshape(-1, rows, width), none[:, 0, 0] if bias is None else bias,
+           none if activated is None else activated, activation)
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, half, bf16, packed_a, packed_b, edges,
-              bias, activated, activation, tasks):
-    blocks, chunks, width, first_copied, most_deep, size_a, size_b = sizes
+def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, mirrored, bf16, packed_a, packed_b,
+              edges, bias, activated, activation, tasks):
+    blocks, chunks, rows, width, first_copied, shared, most_deep, size_a, size_b = sizes
+    half, scale, shift = mirrored
     m, n = c.shape[1:]
-    height = (m + ROWS - 1) // ROWS                 # in register tiles
-    most_rows = (height + blocks - 1) // blocks     # of a block
-    # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
-    shared = height - first_copied if chunks > 1 else 0
+    tall = (m + rows - 1) // rows                   # in register tiles
+    own = min((tall + blocks - 1) // blocks, tall - first_copied)      # tiles that a task copies, at the most
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), max(most_deep, 1)):
@@ -203,26 +225,41 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, half, bf16, 
                            transpose_b, bf16)
                 else:
                     tile = task - batch_b * panels
-                    pack_a(a[tile // shared], packed_a, tile * size_a, first_copied + tile % shared, m, k0,
-                           depth, size_a, transpose_a, bf16)
+                    pack_a(a[tile // shared], packed_a, tile * size_a, first_copied + tile % shared, rows, m,
+                           k0, depth, size_a, transpose_a, bf16)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
                 block, chunk = rest // chunks, rest % chunks
-                batch_a, i0 = batch if len(a) > 1 else 0, height * block // blocks
-                i1 = height * (block + 1) // blocks
+                batch_a, i0 = batch if len(a) > 1 else 0, tall * block // blocks
+                i1 = tall * (block + 1) // blocks
                 first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                thread = numba.get_thread_id()
-                copy = batch_a * shared - first_copied if shared else thread * most_rows - i0     # of tile 0
-                for tile in range(i1 if shared else max(i0, first_copied), i1):
-                    pack_a(a[batch_a], packed_a, (copy + tile) * size_a, tile, m, k0, depth, size_a,
-                           transpose_a, bf16)
+                thread, copied = numba.get_thread_id(), max(i0, first_copied)
+                copy = batch_a * shared - first_copied if shared else thread * own - copied       # of tile 0
+                if not shared:
+                    pack_block(a[batch_a], packed_a, copy * size_a, copied, i1, rows, m, k0, depth, size_a,
+                               transpose_a, bf16)
                 multiply_block(a[batch_a], packed_a, copy * size_a, first_copied, size_a, packed_b,
                                (batch * panels if batch_b > 1 else 0) * size_b, size_b, bias, edges[thread],
-                               c[batch], i0, i1, k0, depth, n0, width, first, last, half, transpose_a, bf16)
+                               c[batch], i0, i1, k0, depth, n0, rows, width, first, last, half, transpose_a,
+                               bf16)
                 if k0 + depth == k and len(activated):
-                    activate_block(c[batch], activated[batch], activation, i0 * ROWS, min(m, i1 * ROWS),
+                    activate_block(c[batch], activated[batch], activation, i0 * rows, min(m, i1 * rows),
                                    n0 + first * width, min(n, n0 + last * width))
+    if half:
+        stripes = (n + width - 1) // width
+        for index in prange(len(c) * stripes):
+            task = np.int64(index)
+            mirror_stripe(c[task // stripes], task % stripes * width, width, scale, shift)
+
+
+@helper
+def steps(depth, bf16):
+    """Of the register tile, for so many k: those of the tile unit come sixteen at a time."""
+    if not bf16:
+        return depth
+    pairs = (depth + 1) // 2
+    return (pairs + PAIRS - 1) // PAIRS * PAIRS if TILES else pairs
 
 
 @mover
@@ -240,38 +277,57 @@ def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed
         pair_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
     else:
         pack_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
+    if bf16:
+        packed[to + (depth + 1) // 2 * width:to + steps(depth, bf16) * width] = 0
 
 
 @mover
-def pack_a(a, packed, start, tile, m, k0, depth, size, transposed, bf16):
-    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
+def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
+    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row.
+
+    The tile unit takes them row by row alone.
+    """
     out_of_line()
-    i0, rows = tile * ROWS, min(ROWS, m - tile * ROWS)
+    i0, count = tile * rows, min(rows, m - tile * rows)
     to = packed[start:start + size]
     flat = a.reshape(-1)
-    if transposed and bf16:
-        pair_columns(flat, k0 * m + i0, m, rows, depth, packed, start, ROWS)
-    elif transposed and rows == ROWS:
+    deep = steps(depth, bf16)
+    if transposed and bf16 and TILES:
+        panel = np.zeros(deep * rows, packed.dtype)
+        pair_columns(flat, k0 * m + i0, m, count, depth, panel, 0, rows)
+        for p in range(0, deep, PAIRS):
+            for i in range(0, rows, PAIRS):
+                transpose_block(panel, p * rows + i, rows, to, i * (deep + PAD) + p, deep + PAD)
+    elif transposed and bf16:
+        pair_columns(flat, k0 * m + i0, m, count, depth, packed, start, rows)
+    elif transposed and count == rows:
         for p in range(depth):
-            row, panel = a[k0 + p, i0:i0 + ROWS], to[p * ROWS:(p + 1) * ROWS]
-            for i in range(ROWS):
+            row, panel = a[k0 + p, i0:i0 + rows], to[p * rows:(p + 1) * rows]
+            for i in range(rows):
                 panel[i] = row[i]
     elif transposed:
         for p in range(depth):
-            for i in range(ROWS):
-                to[p * ROWS + i] = a[k0 + p, i0 + i] if i < rows else 0
+            for i in range(rows):
+                to[p * rows + i] = a[k0 + p, i0 + i] if i < count else 0
     else:
-        deep = (depth + 1) // 2 if bf16 else depth
-        for i in range(ROWS):
+        for i in range(rows):
             copy = to[i * (deep + PAD):i * (deep + PAD) + deep]
-            if i >= rows:
+            if i >= count:
                 copy[:] = 0
             elif bf16:
                 pair_row(a[i0 + i, k0:k0 + depth], copy)
+                copy[(depth + 1) // 2:] = 0
             else:
                 row = a[i0 + i, k0:k0 + depth]
                 for p in range(depth):
                     copy[p] = row[p]
+
+
+@mover
+def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
+    """Register tiles first to last of op(A), each at start + its number times size."""
+    for tile in range(first, last):
+        pack_a(a, packed, start + tile * size, tile, rows, m, k0, depth, size, transposed, bf16)
 
 
 @helper
@@ -286,26 +342,27 @@ def activate_block(c, activated, activation, i0, i1, j0, j1):
 
 @helper
 def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, bias, edge, c, i0, i1, k0,
-                   depth, n0, width, first, last, half, transposed, bf16):
+                   depth, n0, rows, width, first, last, half, transposed, bf16):
     """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
     half: leave out tiles below the diagonal; edge: scratch for a tile that reaches beyond C.
     """
-    (m, n), deep = c.shape, (depth + 1) // 2 if bf16 else depth
+    (m, n), deep = c.shape, steps(depth, bf16)
+    start_tiles(bf16)
     for panel in range(first, last):
         j = n0 + panel * width
         b_at = address(b, start_b + panel * size_b)
-        for tile in range(i0, min(i1, (j + width + ROWS - 1) // ROWS) if half else i1):
-            i = tile * ROWS
+        for tile in range(i0, min(i1, (j + width + rows - 1) // rows) if half else i1):
+            i = tile * rows
             if tile < first_copied and transposed:
                 a_at, row, step = address(a, k0 * m + i), 1, m
             elif tile < first_copied:
                 a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
-            elif transposed:
-                a_at, row, step = address(packed_a, start_a + tile * size_a), 1, ROWS
+            elif transposed and not (bf16 and TILES):
+                a_at, row, step = address(packed_a, start_a + tile * size_a), 1, rows
             else:
                 a_at, row, step = address(packed_a, start_a + tile * size_a), deep + PAD, 1
-            if i + ROWS <= m and j + width <= n:
+            if i + rows <= m and j + width <= n:
                 to, before, before_row = address(c, i * n + j), 0, 0
                 if k0 > 0:
                     before, before_row = to, n
@@ -313,12 +370,13 @@ def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_
                     before = address(bias, j)
                 register_tile(c, a_at, row, step, b_at, width, to, n, deep, before, before_row, True, bf16)
             else:
-                for r in range(min(ROWS, m - i)):
+                for r in range(min(rows, m - i)):
                     for s in range(min(width, n - j)):
                         edge[r, s] = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
                 to = address(edge, 0)
                 register_tile(c, a_at, row, step, b_at, width, to, width, deep, to, width,
                               2 * (n - j) > width, bf16)
-                for r in range(min(ROWS, m - i)):
+                for r in range(min(rows, m - i)):
                     for s in range(min(width, n - j)):
                         c[i + r, j + s] = edge[r, s]
+    stop_tiles(bf16)

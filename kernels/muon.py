@@ -26,12 +26,10 @@ from kernels import memory
 from kernels.adamw import array_at, check_lists
 from kernels.check import check
 from kernels.jit import helper, kernel, launch
-from kernels.matmul import matmul
-from kernels.symmetric import symmetric_matmul
+from kernels.matmul import matmul, symmetric_matmul
 
-COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5                    # a, b, c of each step
-STEPS = [(b / (2 * c), c, a - b * b / (4 * c)) for a, b, c in COEFFICIENTS]          # h, c, d
-EPS = 1e-7
+STEPS, (A, B, C), EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
+H, D = B / (2 * C), A - B * B / (4 * C)
 
 
 def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], momenta: Sequence[np.ndarray],
@@ -52,54 +50,81 @@ def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], mome
                              "them one above the other")
         if p.size:
             alike.setdefault((len(p) // count, p.shape[1]), []).extend((i, part) for part in range(count))
+    pointers, stacks = [], []
     for (rows, columns), places in alike.items():
         like = parameters[0].reshape(-1)[:0]
         stack = memory.empty((len(places), rows, columns), like.dtype)
-        addresses = np.array([[x[i].ctypes.data + part * stack[0].nbytes for x in
-                               (parameters, gradients, momenta)] for i, part in places], np.int64)
-        launch(_nesterov, len(places), like, addresses, like.dtype.type(momentum),
+        pointers.append(np.array([[x[i].ctypes.data + part * stack[0].nbytes for x in
+                                   (parameters, gradients, momenta)] for i, part in places], np.int64))
+        launch(_nesterov, len(places), like, pointers[-1], like.dtype.type(momentum),
                like.dtype.type(1 - momentum), like.dtype.type(scale), stack.reshape(len(places), -1))
-        update = _iterate(stack)
+        stacks.append(stack)
+    for addresses, update in zip(pointers, _iterate(stacks), strict=True):
+        count, rows, columns = update.shape
         rate = lr * math.sqrt(max(1, rows / columns))
-        launch(_descend, len(places), like, addresses, like.dtype.type(1 - lr * decay),
-               like.dtype.type(rate), update.reshape(len(places), -1))
+        launch(_descend, count, like, addresses, like.dtype.type(1 - lr * decay), like.dtype.type(rate),
+               update.reshape(count, -1))
 
 
 def orthogonal(x: np.ndarray) -> np.ndarray:
     """The matrices of x (n, M, N) with all singular values brought near 1, up to noise in zeros."""
     check("orthogonal", "x", x, (None, None, None))
     norms = np.sqrt(np.sum(x * x, axis=(1, 2), keepdims=True)) + EPS
-    return _iterate(x / norms)
+    return _iterate([x / norms])[0]
 
 
-def _iterate(x: np.ndarray) -> np.ndarray:
-    """The steps of Newton and Schulz on X (n, M, N)."""
+def _iterate(stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The steps of Newton and Schulz on stacks of X (n, M, N).
+
+    Long X with short sides alike share the products that are as small as G.
+    """
+    results = list(stacks)
+    long: dict[int, list[int]] = {}                                # stacks by their short side
+    for i, x in enumerate(stacks):
+        if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
+            long.setdefault(min(x.shape[1:]), []).append(i)
+        else:
+            for _ in range(STEPS):
+                shifted = symmetric_matmul(x, x, *_sides(x), shift=H)
+                x = _times(x, symmetric_matmul(shifted, shifted, scale=C, shift=D))
+            results[i] = x
+    for short, members in long.items():
+        parts = [symmetric_matmul(stacks[i], stacks[i], *_sides(stacks[i]), exact=True) for i in members]
+        grams = memory.empty((sum(map(len, parts)), short, short), parts[0].dtype)
+        np.concatenate(parts, out=grams)
+        ends = np.cumsum([len(part) for part in parts])
+        for i, steps in zip(members, np.split(_gathered(grams), ends[:-1]), strict=True):
+            results[i] = _times(stacks[i], steps, exact=True)
+    return results
+
+
+def _sides(x: np.ndarray) -> tuple[bool, bool]:
+    """Which X to transpose for the smaller of XᵀX and X Xᵀ."""
     tall = x.shape[1] > x.shape[2]
-    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
-        steps = _gathered(symmetric_matmul(x, x, tall, not tall, exact=True))
-        return matmul(x, steps, exact=True) if tall else matmul(steps, x, exact=True)
-    for h, c, d in STEPS:
-        shifted = symmetric_matmul(x, x, tall, not tall, shift=h)
-        bracket = symmetric_matmul(shifted, shifted, scale=c, shift=d)
-        x = matmul(x, bracket) if tall else matmul(bracket, x)
-    return x
+    return tall, not tall
+
+
+def _times(x: np.ndarray, bracket: np.ndarray, exact: bool = False) -> np.ndarray:
+    """X S or S X, on the side of the smaller."""
+    return matmul(x, bracket, exact=exact) if _sides(x)[0] else matmul(bracket, x, exact=exact)
 
 
 def _gathered(gram: np.ndarray) -> np.ndarray:
     """The product of all S, from the first G; never in bfloat16, as G forgets what X is."""
-    steps = bracket = _bracket(gram, *STEPS[0])
-    for step in STEPS[1:]:
+    steps = bracket = _bracket(gram)
+    for _ in range(STEPS - 1):
         gram = symmetric_matmul(symmetric_matmul(bracket, gram, exact=True), bracket, exact=True)
-        bracket = _bracket(gram, *step)
+        bracket = _bracket(gram)
         steps = symmetric_matmul(bracket, steps, exact=True)
     return steps
 
 
-def _bracket(gram: np.ndarray, h: float, c: float, d: float) -> np.ndarray:
+def _bracket(gram: np.ndarray) -> np.ndarray:
+    """S; gram stays as it is."""
     shifted = memory.empty(gram.shape, gram.dtype)
     shifted[...] = gram
-    shifted.reshape(len(gram), -1)[:, ::gram.shape[1] + 1] += gram.dtype.type(h)
-    return symmetric_matmul(shifted, shifted, exact=True, scale=c, shift=d)
+    shifted.reshape(len(gram), -1)[:, ::gram.shape[1] + 1] += gram.dtype.type(H)
+    return symmetric_matmul(shifted, shifted, exact=True, scale=C, shift=D)
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Copies of operands into the order in which the register tile reads them.
+"""Copies of operands into the order in which the register tile reads them, and of half a result to the rest.
 
 A panel of B is as wide as the tile: for each k its columns side by side. For products in bfloat16 an element
 of a copy is a pair: the values of two successive k, rounded, in the halves of a float32.
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.jit import exact, mover
+from kernels.jit import exact, helper, mover
 from kernels.simd import bits, copy_columns, from_bits, out_of_line, prefetch_columns, transpose_block
 
 AHEAD = 8         # rows far apart come from memory as if at random: each is asked for so many rows before
@@ -98,3 +98,23 @@ def pair_transposed(x, start, stride, count, depth, to, to_start, width):
     for j in range(count):
         pair_row(x[start + j * stride:start + j * stride + depth], columns[j * pairs:(j + 1) * pairs])
     pack_transposed(columns, 0, pairs, count, pairs, to, to_start, width)
+
+
+@helper
+def mirror_stripe(c, j0, width, scale, shift):
+    """Scale columns j0 to j0 + width down to the diagonal, shift that, and copy them to those rows."""
+    m, lanes = len(c), width // 2
+    j1 = min(m, j0 + width)
+    for i in range(j1):
+        row = c[i, max(i, j0):j1]
+        for j in range(row.size):
+            row[j] *= scale
+        if i >= j0:
+            row[0] += shift
+    whole = j0 if j1 == j0 + width else 0
+    for i in range(0, whole, lanes):
+        for j in range(j0, j1, lanes):
+            transpose_block(c, i * m + j, m, c, j * m + i, m)
+    for i in range(whole, j1):
+        for j in range(max(i + 1, j0), j1):
+            c[j, i] = c[i, j]

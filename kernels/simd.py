@@ -16,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels import amx
 from kernels.cpu import TARGET
 
 ROWS = TARGET.rows
@@ -61,6 +62,11 @@ def columns(dtype) -> int:
     return 2 * TARGET.vector_bytes // dtype.itemsize
 
 
+def height(bf16: bool) -> int:
+    """The rows of the register tile."""
+    return amx.ROWS if bf16 and TARGET.tiles else ROWS
+
+
 @intrinsic
 def address(typing, x, start):
     """The address of element start of an array read as flat memory; the caller keeps the array alive."""
@@ -86,7 +92,8 @@ def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first,
     it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
     b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here.
     bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
-    C and a CPU that has such products only).
+    C and a CPU that has such products only). On a tile unit C has `height(True)` rows, both vectors are
+    written always, a_step must be 1 and k a multiple of `amx.PAIRS`.
     """
     n, flag = types.intp, types.boolean
     signature = types.void(like, n, n, n, n, n, n, n, n, n, n, flag, flag)
@@ -100,8 +107,9 @@ def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first,
                 wanted = build.and_(wide if vectors == 2 else build.not_(wide),
                                     bf16 if pairs else build.not_(bf16))
                 with build.if_then(wanted):
-                    build.call(_tile_function(build.module, real, vectors, pairs),
-                               [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
+                    function = (amx.block_function(build.module) if pairs and TARGET.tiles else
+                                _tile_function(build.module, real, vectors, pairs))
+                    build.call(function, [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
         return context.get_dummy_value()
 
     return signature, generate

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.cpu import TARGET
+from kernels.matmul import symmetric_matmul
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ODD = (1, 2, 3, 31, 33, 65, 127)
@@ -234,6 +235,58 @@ def test_linear_names_the_wrong_argument():
             kernels.linear_forward(x, weight, bias, activation)
 
 
+# ---- products that are symmetric --------------------------------------------------------------------------
+
+SYMMETRIC = [(1, 3), (14, 1), (31, 33), (32, 32), (65, 127), (225, 1025), (300, 2)]
+
+
+def check_symmetric(close, m, k, dtype, transpose, count=2, rounded=lambda x: x):
+    x = normal(count, k, m, dtype=dtype) if transpose else normal(count, m, k, dtype=dtype)
+    c = symmetric_matmul(x, x, transpose, not transpose, scale=0.5, shift=-3.0)
+    assert c.dtype == dtype and np.array_equal(c, swapped(c))
+    x = rounded(swapped(x) if transpose else x).astype(np.float64)
+    size = np.abs(x) @ np.abs(swapped(x)) + 3 * np.eye(m)
+    close(c, 0.5 * (x @ swapped(x)) - 3 * np.eye(m), size, k + 4, f"{m} x {k}")
+
+
+@BOTH
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_symmetric_product_is_computed_by_half(dtype, transpose, close):
+    for m, k in SYMMETRIC:
+        check_symmetric(close, m, k, dtype, transpose)
+
+
+def test_a_symmetric_product_of_many_columns(close):
+    check_symmetric(close, 4097, 5, np.float32, False, count=1)
+
+
+def test_products_of_symmetric_matrices_that_commute(close):
+    x = normal(3, 70, 70)
+    gram = symmetric_matmul(x, x, transpose_b=True)
+    cube = symmetric_matmul(symmetric_matmul(gram, gram), gram)
+    np.testing.assert_allclose(cube, np.linalg.matrix_power(gram, 3), rtol=0, atol=1e-11 * np.abs(cube).max())
+
+
+def test_a_symmetric_product_has_the_same_bits_on_one_and_two_threads(one_and_two_threads, same_bits):
+    for count in (1, 3):
+        x = normal(count, 300, 800, dtype=np.float32)
+        same_bits(*one_and_two_threads(lambda x=x: [symmetric_matmul(x, x, transpose_b=True)]))
+
+
+def test_infinity_and_nan_in_a_symmetric_product():
+    x = np.ones((1, 40, 3), np.float32)
+    x[0, 5, 1], x[0, 35, 0] = np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        expected = x[0] @ x[0].T
+    np.testing.assert_array_equal(symmetric_matmul(x, x, transpose_b=True)[0], expected)
+
+
+def test_what_cannot_be_symmetric_is_an_error():
+    with pytest.raises(ValueError, match=r"b has shape \(2, 3, 4\); it must be \(2, 4, 3\)"):
+        symmetric_matmul(np.zeros((2, 3, 4)), np.zeros((2, 3, 4)))
+    assert symmetric_matmul(np.zeros((0, 3, 4)), np.zeros((0, 4, 3))).shape == (0, 3, 3)
+
+
 # ---- products in bfloat16 ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -286,6 +339,12 @@ def test_bf16_batches_and_epilogue(bf16, close):
     y, before = kernels.linear_forward(x, weight, bias, "gelu")
     close(before, as_bf16(x) @ as_bf16(weight).T + bias, np.abs(x) @ np.abs(weight.T) + np.abs(bias), 34)
     np.testing.assert_array_equal(y, kernels.gelu_forward(before))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_bf16_in_symmetric_products(transpose, bf16, close):
+    for m, k in SYMMETRIC:
+        check_symmetric(close, m, k, np.float32, transpose, rounded=as_bf16)
 
 
 def test_bf16_same_bits_on_one_and_two_threads(bf16, one_and_two_threads, same_bits):
