@@ -17,7 +17,7 @@ A run's folder holds, beside its report, curves and sample,
         tokens_per_s    speed of the steps since the last evaluation
 
     Losses are in nats a token, and a token is a character. All but the last two are the same bits in a run
-    that was stopped and resumed.
+    that was stopped and resumed (but under --minutes, where the clock has its say).
 
 Exit codes: 0 done, or stopped where --stop-after says; 2 bad input; 3 diverged; 130 interrupted.
 """

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gpt.config import Config
 from gpt.data import replacing
-from gpt.errors import BadInput
+from gpt.errors import BadInput, require
 from gpt.model import GPT
 from gpt.run import Progress, Run
 from gpt.tokenizer import CharTokenizer
@@ -38,6 +36,8 @@ def save(path: str | PathLike[str], arrays: Mapping[str, Array], metadata: Mappi
     Raises BadInput when the file cannot be written, for dtypes outside `DTYPES`, and for the metadata keys
     that are ours: format, version, sha256.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
     shown = repr(os.fspath(path))
     for name, array in arrays.items():
         if array.dtype.name not in DTYPES.values():
@@ -61,6 +61,8 @@ def load(path: str | PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
 
     Raises BadInput for a file that is missing, cut short, changed since, or not a checkpoint of ours.
     """
+    require("safetensors")
+    from safetensors import SafetensorError, safe_open
     shown = repr(os.fspath(path))
     arrays: dict[str, Array] = {}
     try:

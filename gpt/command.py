@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from gpt.cli import INTERRUPTED, Parser, interruptible, run
 from gpt.config import DEFAULT, RECIPES, Config
 from gpt.corpus import Corpus
 from gpt.data import sweep
-from gpt.errors import BadInput
+from gpt.errors import BadInput, Diverged, require
 from gpt.generate import LONGEST
 from gpt.results import FILES, Results
 from gpt.run import Run
@@ -55,7 +54,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
     add("--threads", metavar="N", type=int, help="threads to compute with (all)")
     add("--precision", choices=["auto", "highest", "bf16"], default="auto",
         help="of products: float32 (highest), or of operands rounded to bfloat16; auto: where the CPU can")
-    add("--quiet", action="store_true", help="print errors alone")
+    add("--quiet", action="store_true", help="print nothing but notes and errors")
     options = parser.parse_args(arguments)
     given = dataclasses.asdict(RECIPES[options.recipe]) if "recipe" in options else {}
     names = {field.name for field in dataclasses.fields(Config)}
@@ -90,25 +89,29 @@ def _main(arguments: list[str] | None) -> int:
         stack.callback(results.close)
         try:
             train(run, corpus.train, corpus.validation, results.after_step, results.after_evaluation,
-                  options.stop_after or math.inf)
+                  options.stop_after or math.inf, check)
             results.finish()
         except KeyboardInterrupt:
             results.interrupted()
             return INTERRUPTED
+        except Diverged:
+            results.end("diverged")
+            raise
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
     """BadInput for options that cannot be, before anything is read or written."""
-    for package in ("tqdm", "matplotlib", "safetensors"):
-        if importlib.util.find_spec(package) is None:
-            raise BadInput(f'the package {package} is missing; pip install -e ".[train]" installs it')
+    require("tqdm", "matplotlib", "safetensors")
     if not 0 <= options.sample <= LONGEST:
         raise BadInput(f"--sample is {options.sample}; it must be in 0 to {LONGEST:,}")
     if options.stop_after is not None and options.stop_after < 1:
         raise BadInput(f"--stop-after is {options.stop_after}; it must be at least 1")
     if options.resume and options.init_from:
         raise BadInput("--resume and --init-from: a run that goes on has its weights; give one of them")
+    if options.init_from and options.init_from.resolve().parent == options.out.resolve():
+        raise BadInput(f"--init-from lies in --out, {str(options.out)!r}, where this run would replace it; "
+                       "name another folder for --out")
     if options.threads is not None:
         try:
             kernels.set_num_threads(options.threads)
@@ -161,8 +164,13 @@ def _describe(run: Run, corpus: Corpus) -> None:
     products = {"highest": "float32", "bf16": "bfloat16"}[kernels.get_matmul_precision()]
     print(f"machine  {platform.machine()} with {TARGET.name}, {kernels.get_num_threads()} threads, "
           f"products in {products}")
-    print(f"model    {sum(p.size for p in run.model.parameters()):,} parameters: {config.layers} layers, "
-          f"{config.heads} heads, width {config.width}, context {config.context}")
+    print(f"model    {sum(p.size for p in run.model.parameters()):,} parameters: "
+          f"{_count(config.layers, 'layer')}, {_count(config.heads, 'head')}, width {config.width}, "
+          f"context {config.context}")
     length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
     print(f"run      {length} of {config.batch} x {config.context} characters, seed {config.seed}"
           + (f", from step {run.progress.step:,} on" if run.progress.step else ""), flush=True)
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}{'s' * (n != 1)}"

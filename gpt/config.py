@@ -77,15 +77,15 @@ _IDEAS: dict[str, Any] = {"positions": "rotary", "qk_norm": True, "mlp": "relu2"
                           "lr": 1e-2, "min_lr": 1e-3}
 RECIPES = {
     "quick": Config(                                            # the best validation loss that a minute buys
-        context=128, steps=800, muon_lr=1.5e-2, warmup=50, eval_every=400, **{**_IDEAS, "min_lr": 0.0}),
+        context=128, steps=850, muon_lr=1.5e-2, warmup=50, eval_every=425, **{**_IDEAS, "min_lr": 0.0}),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
         muon_lr=1e-2, steps=300, warmup=20, eval_every=300, **_IDEAS),
     "lecture": Config(                                          # the scaled-up GPT
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),
-    "lecture-modern": Config(                                   # the same with the four ideas; not yet run
+    "lecture-modern": Config(                                   # the same with the four ideas
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=16, steps=1750, muon_lr=2e-2,
-        warmup=100, eval_every=250, **{**_IDEAS, "lr": 3e-3, "min_lr": 3e-4}),
+        warmup=100, eval_every=250, **{**_IDEAS, "lr": 3e-3, "min_lr": 0.0}),
 }
 

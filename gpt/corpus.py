@@ -124,9 +124,13 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
     cache = user_cache()
     if cache is None:
         raise BadInput("a text of this size needs a cache for its tokens; set XDG_CACHE_HOME to a folder")
-    given = hashlib.sha256(tokenizer.vocabulary.encode()).hexdigest()[:16] if tokenizer else "own"
-    tokens = cache / "tokens" / f"{digest}-{given}"
+    tokens = cache / "tokens" / f"{digest}-own"
     found = tokens.with_suffix(".json")
+    if tokenizer and not (_whole(tokens, found) and
+                          json.loads(found.read_text()).get("vocabulary") == tokenizer.vocabulary):
+        given = hashlib.sha256(tokenizer.vocabulary.encode()).hexdigest()[:16]
+        tokens = cache / "tokens" / f"{digest}-{given}"
+        found = tokens.with_suffix(".json")
     if not _whole(tokens, found):
         print("reading  a text of this size, once on this machine", flush=True)
         tokenizer = tokenizer or CharTokenizer(_vocabulary(files))

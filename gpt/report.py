@@ -60,17 +60,25 @@ img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid
 """
 
 
+RUNNING = '<b id="state">running</b>'
+REFRESH = '<meta http-equiv="refresh" content="30">'              # the page looks for news by itself
+
+
+def ended(page: str, state: str) -> str:
+    """The page of a run that goes on no more."""
+    return page.replace(REFRESH, "").replace(RUNNING, RUNNING.replace("running", state))
+
+
 def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
     """The page, from a run that has been evaluated; what the text holds is escaped."""
     progress, config = run.progress, run.config
     last, best = progress.evaluations[-1], progress.best()
     assert best is not None
-    state = "done" if progress.done else "running"
     numbers = {
         f"validation, nats a character; {last.val_bits:.4f} bits": f"{last.val_loss:.4f}",
         f"best validation, at step {best.step:,}": f"{best.val_loss:.4f}",
         "train, on a fixed part": f"{last.train_loss:.4f}",
-        f"steps; {state}": f"{last.step:,}",
+        "steps": f"{last.step:,}",
         "seconds": f"{last.seconds:,.0f}",
         "tokens a second": f"{last.tokens_per_s:,.0f}",
     }
@@ -86,7 +94,7 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sections = [
         f"<h1>{_text(corpus.name)}</h1><p>{_parameters(run):,} parameters, {config.layers} layers, "
-        f"{config.heads} heads, width {config.width}, context {config.context}; {state}</p>",
+        f"{config.heads} heads, width {config.width}, context {config.context}; {RUNNING}</p>",
         f'<div class="numbers">{"".join(map(_number, numbers.items()))}</div>',
         f"<p>Tables of counts reach, on the same split: {reached} a character.</p>",
         f'<h2>Curves, by steps</h2><div class="curves">{"".join(curves)}</div>',
@@ -96,11 +104,11 @@ def report(run: Run, corpus: Corpus, tables: Mapping[str, float]) -> str:
         '<h2>Config, machine and text</h2><div class="grid">',
         f"{_list(facts)}{_list(_machine(run, corpus))}</div>",
     ]
-    refresh = "" if progress.done else '<meta http-equiv="refresh" content="30">'
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{refresh}'
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{REFRESH}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{_text(corpus.name)}, step {last.step:,}</title><style>{CSS}</style></head>\n<body>"
             + "\n".join(sections) + "</body></html>\n")
+    return ended(page, "done") if progress.done else page
 
 
 def _text(value: object) -> str:

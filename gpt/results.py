@@ -17,7 +17,7 @@ from gpt.cli import writing
 from gpt.corpus import Corpus
 from gpt.data import replacing
 from gpt.generate import first_ids, generate
-from gpt.report import report
+from gpt.report import ended, report
 from gpt.run import Evaluation, Run
 
 LAST, BEST = "checkpoint.safetensors", "best.safetensors"
@@ -45,6 +45,7 @@ class Results:
         print(f"tables   {reached} nats/character on the validation split", flush=True)
         self.began, self.written, self.saved = run.progress.step, 0, False
         self.saved_at = time.monotonic()
+        self.kept = self.place()                                 # of the run, when it was last kept
         self.bar = tqdm(total=run.config.steps, initial=self.began, dynamic_ncols=True,
                         disable=quiet or not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps{postfix}")
@@ -53,6 +54,7 @@ class Results:
         if self.began:
             self.keep_best()
             self.write_metrics()
+            self.write_report()
 
     def compiling(self, name: str) -> None:
         """Say that a kernel is being compiled, which happens once on a machine."""
@@ -89,6 +91,7 @@ class Results:
                        f"{evaluation.val_loss:.4f} nats/character ({evaluation.val_bits:.4f} bits)   "
                        f"{evaluation.tokens_per_s:,.0f} tokens/s   {duration(evaluation.seconds)}, "
                        f"{duration(remaining)} left")
+        sys.stdout.flush()
         if self.characters:
             text = self.sample(min(self.characters, GLIMPSE), lambda: None)
             self.run.progress.samples.append((evaluation.step, text))
@@ -105,9 +108,27 @@ class Results:
         self.save()
         self.keep_best()
         self.write_metrics()
+        self.write_report()
+        self.kept = self.place()
+
+    def place(self) -> tuple[int, int, bool]:
+        """How far the run is: steps, evaluations, and whether it is done."""
+        progress = self.run.progress
+        return progress.step, len(progress.evaluations), progress.done
+
+    def write_report(self) -> None:
+        """Write the page, once there is an evaluation to show."""
         if self.run.progress.evaluations:
             with writing(self.folder / REPORT), replacing(self.folder / REPORT) as temporary:
                 temporary.write_text(report(self.run, self.corpus, self.tables), encoding="utf-8")
+
+    def end(self, state: str) -> None:
+        """Let the page of this run say how it ended."""
+        page = self.folder / REPORT
+        if (self.saved or self.began) and page.exists():
+            text = page.read_text(encoding="utf-8")
+            with writing(page), replacing(page) as temporary:
+                temporary.write_text(ended(text, state), encoding="utf-8")
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -148,11 +169,13 @@ class Results:
     def interrupted(self) -> None:
         """Keep what there is."""
         self.bar.close()
-        steps = self.run.progress.step
-        if steps == self.began:
+        if self.kept != self.place():
+            self.keep()
+        self.end("interrupted")
+        if not self.saved:
             print("interrupted before the first step; nothing was written")
             return
-        self.keep()
+        steps = self.run.progress.step
         print(f"interrupted after {steps:,} steps; --resume goes on from {self.folder / LAST}")
 
     def finish(self) -> None:
@@ -161,8 +184,11 @@ class Results:
         progress = self.run.progress
         if not progress.done:
             self.keep()
+            self.end("stopped")
             print(f"stopped after {progress.step:,} steps; --resume goes on from {self.folder / LAST}")
             return
+        if self.kept != self.place():                            # the time ran out after the last evaluation
+            self.keep()
         best = progress.best()
         if best and best.step < progress.step:
             print(f"best     step {best.step:,}, validation {best.val_loss:.4f}, in {BEST}"

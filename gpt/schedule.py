@@ -38,8 +38,9 @@ class Schedule:
 
     def after_evaluation(self, train_loss: float, val_loss: float, seconds: float) -> Evaluation:
         """Note what an evaluation found, and if it was the last; Diverged if it is not a finite number."""
-        if not math.isfinite(val_loss):
-            raise Diverged(f"the validation loss after step {self.progress.step} is {val_loss}")
+        for name, loss in (("training", train_loss), ("validation", val_loss)):
+            if not math.isfinite(loss):
+                raise Diverged(f"the {name} loss after step {self.progress.step} is {loss}")
         last = self.over()                                       # it was due for that
         found = self.progress.after_evaluation(train_loss, val_loss, seconds,
                                                self.config.batch * self.config.context)

@@ -15,25 +15,25 @@ from gpt.data import check_length
 from gpt.errors import BadInput
 from gpt.run import Run
 
-# What may change when training goes on from a model; all other fields say what the model computes.
-OF_TRAINING = {"dropout", "batch", "steps", "lr", "min_lr", "warmup", "beta1", "beta2", "decay", "clip",
-               "eval_every", "optimizer", "muon_lr", "momentum", "minutes", "patience", "micro_batch", "seed"}
+# What a model computes; the other fields may change when training goes on from one.
+OF_MODEL = {"layers", "heads", "width", "context", "bias", "positions", "qk_norm", "mlp"}
 
 
 def begin(given: dict[str, Any], data: list[str] | None, precision: str,
           init_from: Path | None) -> tuple[Run, Corpus]:
     """A run at its first step, and its text.
 
-    init_from: a checkpoint that gives weights, vocabulary and the config's defaults; the optimizer is fresh.
+    init_from: a checkpoint that gives weights, vocabulary and the config's defaults (but for --minutes); the
+    optimizer is fresh.
     """
     config, model, tokenizer = dataclasses.replace(RECIPES[DEFAULT], **given), None, None
     if init_from is not None:
         model, tokenizer = load_model(init_from)
-        refused = _differences({k: v for k, v in given.items() if k not in OF_TRAINING}, model.config)
+        refused = _differences({k: v for k, v in given.items() if k in OF_MODEL}, model.config)
         if refused:
             raise BadInput(f"--init-from: {str(init_from)!r} is another model: {'; '.join(refused)}; "
                            "leave these options out")
-        config = dataclasses.replace(model.config, **given)
+        config = dataclasses.replace(model.config, **{"minutes": 0.0, **given})
     corpus = open_corpus(data, tokenizer)
     check_length(corpus.train, corpus.validation, config.context)
     mt.seed(config.seed)

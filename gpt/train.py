@@ -18,13 +18,15 @@ TRAIN_PART = 2**16                          # tokens of the training split that 
 
 
 def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Callable[[float, float], None],
-          after_evaluation: Callable[[Evaluation, float], None], stop_after: float = math.inf) -> None:
+          after_evaluation: Callable[[Evaluation, float], None], stop_after: float = math.inf,
+          after_window: Callable[[], None] = lambda: None) -> None:
     """Train on train_ids (N,) from where the run is to its end, or until stop_after steps are done.
 
     A batch depends on the seed and the step alone, and all else that a step needs is in the run: stopped
     anywhere and taken up again, it gives the same bits. after_step gets the batch's loss, after_evaluation
     what was found, and both an estimate of the seconds to go. Raises Diverged, with the weights as they were
-    before the step, at the first loss or gradient that is not a finite number.
+    before the step, at the first loss or gradient that is not a finite number. after_window is called once
+    in a while during an evaluation: an interruption raised there loses nothing but the evaluation's time.
     """
     model, optimizer, config, progress = run.model, run.optimizer, run.config, run.progress
     train_part = train_ids[:TRAIN_PART]
@@ -33,11 +35,12 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
     model.train()
     while True:
         if schedule.evaluation_due():
-            losses = evaluate(model, train_part), evaluate(model, val_ids)
+            losses = evaluate(model, train_part, after_window), evaluate(model, val_ids, after_window)
             found = schedule.after_evaluation(*losses, clock.lap())
             after_evaluation(found, schedule.remaining())
             progress.seconds += clock.lap()
-        if schedule.over() or progress.step >= stop_after:
+        progress.done = schedule.over()                          # --minutes may end between two steps
+        if progress.done or progress.step >= stop_after:
             return
         x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
         loss = loss_and_gradients(model, x, y, config.micro_batch)
@@ -64,12 +67,13 @@ def loss_and_gradients(model: GPT, x: np.ndarray, y: np.ndarray, micro_batch: in
     return loss
 
 
-def evaluate(model: GPT, ids: np.ndarray) -> float:
+def evaluate(model: GPT, ids: np.ndarray, after_window: Callable[[], None] = lambda: None) -> float:
     """The mean loss over ids (N,), in nats: every token but the first is predicted once, in fixed windows."""
     total = 0.0
     with evaluating(model):
         for x, y in windows(ids, model.config.context, batch=max(1, 4096 // model.config.context)):
             total += mt.cross_entropy(model(x), y, reduction="none").numpy().sum(dtype=np.float64)
+            after_window()
     return total / (len(ids) - 1)
 
 

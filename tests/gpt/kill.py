@@ -59,7 +59,8 @@ def kill_once(folder: Path, delay: float, from_first_save: bool) -> None:
 def check(folder: Path) -> int:
     """Load what is there; the step of the last checkpoint, 0 if there is none yet."""
     steps = {name: load_run(folder / name).progress.step for name in CHECKPOINTS if (folder / name).exists()}
-    for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1] if steps.get(CHECKPOINTS[1]) else ():
+    metrics = folder / "metrics.jsonl"
+    for line in metrics.read_text().splitlines()[:-1] if metrics.exists() else ():
         json.loads(line)
     return steps.get(CHECKPOINTS[0], 0)
 

@@ -181,7 +181,7 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "gpt.checkpoint.save_file"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "safetensors.numpy.save_file"])
 def test_a_save_that_fails_changes_nothing(where, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "c", *example())
     before = (tmp_path / "c").read_bytes()

@@ -51,7 +51,10 @@ def test_a_run_leaves_checkpoint_metrics_plot_and_sample(text, tmp_path, capsys)
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     sample = (out / "sample.txt").read_text()
-    assert len(sample) == 40 and sample in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(sample) == 40 and sample in printed
+    assert re.search(r"tables   uniform \d\.\d{4} \(.* bits\), unigram .*, bigram .* on the validation split",
+                     printed)
     model, tokenizer = load_model(out / "checkpoint.safetensors")
     assert model.config.width == 16 and tokenizer.vocabulary == "".join(sorted(set(text.read_text())))
 
@@ -156,7 +159,8 @@ BAD = {
     "threads": (["--threads", "0"], "--threads: "),
     "sample": (["--sample", "-1"], "--sample is -1; it must be in 0 to 1,000,000,000"),
     "huge": (["--width", "99999999999999999999", "--heads", "1"], "it must be at least 1, and at most 2**24"),
-    "no memory": (["--width", "16777216", "--heads", "1"], "the memory does not hold this"),
+    "no memory": (["--width", "16777216", "--heads", "1", "--data", "{tmp}/two.txt"],
+                  "the memory does not hold this"),
     "out": (["--out", "{tmp}/empty.txt/run"], "which cannot be written"),
 }
 
@@ -166,6 +170,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, text, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"ab\0cd" * 1000)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 9000)
+    (tmp_path / "two.txt").write_text("ab" * 5000)               # symbols
     (tmp_path / "short.txt").write_text("to be or not")
     (tmp_path / "folder").mkdir()
     arguments, said = BAD[name]
@@ -207,16 +212,23 @@ def example(name, *arguments):
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_sample_py(text, tmp_path):
+def sample(*arguments):
+    """examples/sample.py in this process."""
+    from examples import sample as module
+    return run(module.main, list(arguments))
+
+
+def test_sample_py(text, tmp_path, capsys):
     assert train(text, tmp_path / "out") == 0
     checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
     prompt = text.read_text()[:5]
     run = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8",
                   "--top-k", "3")
     assert run.returncode == 0 and run.stdout.startswith(prompt) and len(run.stdout) == 5 + 30 + 1
-    streamed = example("sample.py", checkpoint, "--prompt", prompt, "--count", "30", "--temperature", "0.8",
-                       "--top-k", "3", "--stream")
-    assert streamed.stdout == run.stdout
+    capsys.readouterr()
+    assert sample("--prompt", prompt, "--count", "30", "--temperature", "0.8", "--top-k", "3", "--stream",
+                  checkpoint) == 0
+    assert capsys.readouterr().out == run.stdout
     (tmp_path / "broken").write_bytes(Path(checkpoint).read_bytes()[:-7])
     for arguments, said in [([checkpoint, "--prompt", "☃"], "'☃'"), ([checkpoint, "--count", "-1"], "-1"),
                             ([checkpoint, "--prompt", ""], "--prompt is empty"),
@@ -224,10 +236,9 @@ def test_sample_py(text, tmp_path):
                             ([checkpoint, "--top-p", "2"], "--top-p is 2"), ([str(text)], "verse.txt"),
                             ([checkpoint, "--temperature", "-1"], "--temperature is -1"),
                             ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken")]:
-        run = example("sample.py", *arguments)
-        assert run.returncode == 2 and run.stderr.count("\n") == 1, (arguments, run.stderr)
-        assert not run.stdout
-        assert said in run.stderr, arguments
+        assert sample(*arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and said in printed.err and not printed.out, arguments
 
 
 def test_bigram_reaches_the_lectures_loss():
@@ -258,15 +269,15 @@ def test_a_folder_where_a_file_should_be_is_found_before_training(text, tmp_path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sample.txt"]
 
 
-def test_a_text_without_new_lines_can_be_sampled_without_a_prompt(tmp_path):
+def test_a_text_without_new_lines_can_be_sampled_without_a_prompt(tmp_path, capsys):
     (tmp_path / "line.txt").write_text("hello world " * 300)
     assert train(tmp_path / "line.txt", tmp_path / "out") == 0
     checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
-    written = example("sample.py", checkpoint, "--count", "20")
-    assert written.returncode == 0 and len(written.stdout) == 22, written.stderr
-    refused = example("sample.py", checkpoint, "--seed", "-1")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: --seed is -1;")
-    assert refused.stderr.count("\n") == 1
+    capsys.readouterr()
+    assert sample(checkpoint, "--count", "20") == 0 and len(capsys.readouterr().out) == 22
+    assert sample(checkpoint, "--seed", "-1") == 2
+    refused = capsys.readouterr().err
+    assert refused.startswith("error: --seed is -1;") and refused.count("\n") == 1
 
 
 def test_signals_are_noted_and_raised_at_a_place_of_choice():

@@ -55,6 +55,7 @@ def test_tokens_in_a_file_are_tokens_in_memory(text, tmp_path, cache, monkeypatc
     assert len(list(cache.iterdir())) == 2 and "once on this machine" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     same(open_corpus([str(tmp_path)]), expected)
+    same(open_corpus([str(tmp_path)], expected.tokenizer), expected)         # as a resumed run asks for it
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before, "made once"
     assert "once" not in capsys.readouterr().out
     for path in cache.iterdir():                                 # what a cleaner or a full disk leaves

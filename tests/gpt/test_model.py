@@ -204,14 +204,6 @@ def test_choose_draws_from_the_softmax():
     assert choose(logits, 1.0, None, 1 - 2**-53) == 2 and choose(logits, 0.0, None, 0.9) == 0
 
 
-if __name__ == "__main__":
-    for file, config in GOLDEN.items():
-        losses, _, weights = ten_steps_of_the_peer(config, np.float64)
-        norms = {name: float(np.linalg.norm(w)) for name, w in weights.items()}
-        found = json.dumps({"losses": losses, "norms": norms}, indent=1)
-        Path(__file__).with_name(file).write_text(found + "\n")
-
-
 def test_validation_is_the_mean_over_every_token_but_the_first():
     """Window by window, the last one shorter, dropout off, and the model left as it was."""
     model, ids = make(Config(layers=1, heads=2, width=16, context=16, dropout=0.5)), IDS[:16 * 9 + 8]
@@ -225,3 +217,11 @@ def test_validation_is_the_mean_over_every_token_but_the_first():
     model.train()
     assert evaluate(model, ids) == pytest.approx(np.mean(losses), rel=1e-6)
     assert model.training and model.blocks[0].mlp.dropout.training
+
+
+if __name__ == "__main__":
+    for file, config in GOLDEN.items():
+        losses, _, weights = ten_steps_of_the_peer(config, np.float64)
+        norms = {name: float(np.linalg.norm(w)) for name, w in weights.items()}
+        found = json.dumps({"losses": losses, "norms": norms}, indent=1)
+        Path(__file__).with_name(file).write_text(found + "\n")

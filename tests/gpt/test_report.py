@@ -13,7 +13,9 @@ from gpt import command
 from gpt.baselines import baselines
 from gpt.checkpoint import load_run
 from gpt.corpus import open_corpus
+from gpt.errors import Diverged
 from gpt.report import chart, png, report, ticks
+from gpt.results import Results
 from gpt.verse import verse
 
 TINY = ["--recipe", "classic", "--layers", "2", "--heads", "2", "--width", "16", "--context", "16", "--batch",
@@ -28,9 +30,16 @@ def folder(tmp_path_factory):
     arguments = ["--data", str(folder / "<b>&verse.txt"), "--out", str(folder / "out"), *TINY]
     assert command.main([*arguments, "--stop-after", "30"]) == 0
     page = (folder / "out" / "report.html").read_text()
-    assert 'http-equiv="refresh"' in page and "running" in page, "it is there during the run"
+    assert 'http-equiv="refresh"' not in page and '<b id="state">stopped</b>' in page
     assert command.main([*arguments, "--resume"]) == 0
     return folder
+
+
+@pytest.fixture
+def train(tmp_path):
+    (tmp_path / "verse.txt").write_text(verse(2000))
+    data, out = str(tmp_path / "verse.txt"), str(tmp_path / "out")
+    return lambda *more: command.main(["--data", data, "--out", out, *TINY, *more])
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +135,49 @@ def test_a_picture_is_a_picture():
     start = data.index(b"IDAT") + 4
     pixels = zlib.decompress(data[start:data.index(b"IEND") - 8])
     assert re.fullmatch(rb"\0\x10\x3c\x82\xff\xff\xff...", pixels, re.DOTALL)
+
+
+def test_a_page_says_how_its_run_goes(train, tmp_path, monkeypatch):
+    """Written during the run, it looks for news by itself; once the run has ended it does not."""
+    pages = []
+    plain = Results.after_evaluation
+
+    def after_evaluation(self, *arguments):
+        plain(self, *arguments)
+        pages.append((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+        if len(pages) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(Results, "after_evaluation", after_evaluation)
+    assert train() == 130
+    assert all('http-equiv="refresh"' in page and '<b id="state">running</b>' in page for page in pages)
+    report = tmp_path / "out" / "report.html"
+    page = report.read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' not in page and '<b id="state">interrupted</b>' in page
+    monkeypatch.setattr(command, "train", lambda *arguments: pages.append(report.read_text(encoding="utf-8")))
+    assert train("--resume") == 0
+    assert '<b id="state">running</b>' in pages[-1], "a run that goes on says so at once"
+    assert '<b id="state">stopped</b>' in report.read_text(encoding="utf-8")
+
+    def diverge(*arguments):
+        raise Diverged("the loss is nan")
+    monkeypatch.setattr(command, "train", diverge)
+    assert train("--resume") == 3 and '<b id="state">diverged</b>' in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_nothing_overflows_and_nothing_is_asked_for(browser, folder, width):
+    complaints = []
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or
+            complaints.append(request.url))
+    page.goto((folder / "out" / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.evaluate("[...document.querySelectorAll('svg')]"
+                         ".every(svg => svg.getBoundingClientRect().height > 20)")
+    page.close()
+    assert not complaints

@@ -1,4 +1,5 @@
 """A run that was stopped and taken up again is the run that was not, in every bit."""
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from gpt import command
+from gpt import train as training
 from gpt.checkpoint import load, load_run, save, save_run
 from gpt.config import Config
 from gpt.errors import BadInput
@@ -120,11 +122,12 @@ def test_what_cannot_be_resumed(more, said, text, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_killed_by_ctrl_c_and_resumed_is_the_same_run(text, whole, tmp_path):
+def test_ended_by_a_signal_and_resumed_is_the_same_run(text, whole, tmp_path):
     """Wherever the signal comes, also where an evaluation is due."""
     command_line = [sys.executable, "examples/train_shakespeare.py", *TINY, "--data", str(text), "--out",
                     str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)                    # a line must be flushed to be seen
     process = subprocess.Popen(command_line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "step " not in process.stdout.readline():
@@ -133,6 +136,35 @@ def test_killed_by_ctrl_c_and_resumed_is_the_same_run(text, whole, tmp_path):
     printed = process.communicate(timeout=60)[0]
     if process.returncode != 0:                                  # unless it was done before
         assert process.returncode == 130 and "interrupted after" in printed
+    assert train(text, tmp_path, "--resume") == 0
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_interrupted_inside_an_evaluation_and_resumed_is_the_same_run(windows, text, whole, tmp_path,
+                                                                      monkeypatch):
+    """A signal is heard after each of its windows."""
+    seen, heard = [], []
+    plain = training.windows
+
+    def watched(*arguments, **options):
+        for window in plain(*arguments, **options):
+            seen.append(window)
+            yield window
+
+    @contextlib.contextmanager
+    def interruptible():
+        def check():
+            if len(seen) == windows:
+                heard.append(len(seen))
+                raise KeyboardInterrupt
+        yield check
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "windows", watched)
+        patch.setattr(command, "interruptible", interruptible)
+        assert train(text, tmp_path) == 130 and heard == [windows]
+    assert load_run(tmp_path / "checkpoint.safetensors").progress.step == 40
+    assert not (tmp_path / "metrics.jsonl").exists()
     assert train(text, tmp_path, "--resume") == 0
     assert_same(tmp_path, whole)
 

@@ -12,6 +12,7 @@ from gpt.checkpoint import load_model, load_run
 from gpt.config import Config
 from gpt.data import batch
 from gpt.model import GPT
+from gpt.results import Results
 from gpt.run import Progress
 from gpt.schedule import Schedule
 from gpt.train import loss_and_gradients
@@ -80,13 +81,28 @@ def test_an_evaluation_that_takes_the_rest_of_the_time_is_the_last(train, tmp_pa
     from gpt import train as module
     plain = module.evaluate
 
-    def slow(model, ids):
+    def slow(model, ids, after_window):
         time.sleep(1.0)
-        return plain(model, ids)
+        return plain(model, ids, after_window)
     monkeypatch.setattr(module, "evaluate", slow)
     assert train("out", "--minutes", "0.05", "--eval-every", "20") == 0
     run = load_run(tmp_path / "out" / "checkpoint.safetensors")
     assert run.progress.done and len(run.progress.evaluations) == 1
+
+
+def test_what_follows_an_evaluation_may_take_the_rest_of_the_time(train, tmp_path, monkeypatch, capsys):
+    """Then there is no further step, and the run is done all the same."""
+    plain = Results.after_evaluation
+
+    def slow(self, *arguments):
+        plain(self, *arguments)
+        self.run.progress.seconds += 3600
+    monkeypatch.setattr(Results, "after_evaluation", slow)
+    assert train("out", "--minutes", "60", "--eval-every", "20") == 0
+    run = load_run(tmp_path / "out" / "checkpoint.safetensors")
+    assert run.progress.done and run.progress.step == 20 and len(run.progress.evaluations) == 1
+    assert (tmp_path / "out" / "sample.txt").exists() and "stopped" not in capsys.readouterr().out
+    assert '<b id="state">done</b>' in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_patience_ends_after_so_many_evaluations_without_a_new_best(train, tmp_path):
@@ -167,3 +183,12 @@ def test_characters_that_only_the_validation_part_has_are_said(tmp_path, capsys)
     assert command.main([*TINY, *arguments]) == 0
     printed = capsys.readouterr().out
     assert "to validate on never occur where it trains, and count: " in printed and "'☃'" in printed
+
+
+def test_init_from_does_not_take_over_the_minutes(train, tmp_path):
+    assert train("old", "--minutes", "60", "--stop-after", "2") == 0
+    more = ["--init-from", str(tmp_path / "old" / "checkpoint.safetensors"), "--steps", "3"]
+    assert train("old", *more) == 2, "it would be replaced"
+    assert train("new", *more) == 0 and train("timed", *more, "--minutes", "30", "--stop-after", "1") == 0
+    configs = [load_run(tmp_path / out / "checkpoint.safetensors").config for out in ("old", "new", "timed")]
+    assert [config.minutes for config in configs] == [60, 0, 30]

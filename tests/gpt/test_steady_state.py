@@ -1,6 +1,6 @@
 """Training runs at flat memory, with the garbage collector off, and adds nothing to the recycled buffers.
 
-MINITENSOR_STEPS=10000 makes it a long run.
+MINITENSOR_STEPS=10000 makes it a long run, of the default size of model.
 """
 import gc
 import os
@@ -17,6 +17,7 @@ from kernels import memory
 from minitensor.optim import AdamW
 
 STEPS = int(os.environ.get("MINITENSOR_STEPS", "250"))
+SIZE = {} if "MINITENSOR_STEPS" in os.environ else {"layers": 2, "width": 64}
 
 
 def resident_bytes():
@@ -25,7 +26,7 @@ def resident_bytes():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size is read from /proc (Linux)")
 def test_memory_is_flat_after_the_first_hundred_steps():
-    config = Config()
+    config = Config(**SIZE)
     mt.seed(0)
     model = GPT(config, 65)
     optimizer = AdamW(model.parameters(), config.lr, max_norm=config.clip)

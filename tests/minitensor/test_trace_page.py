@@ -4,9 +4,7 @@ import contextlib
 import html.parser
 import itertools
 import json
-import os
 import re
-import shutil
 import time
 
 import numpy as np
@@ -155,21 +153,6 @@ def test_a_deep_chain_is_laid_out_soon():
 
 # ---- the page in Chromium ----------------------------------------------------------------------------------
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the system's package, "
-                                                         "or name a browser in $CHROMIUM")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM,
-                                         args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser, tmp_path):
     """Opens a trace's page; at the end nothing may have been complained of, or asked of a network."""
@@ -203,7 +186,6 @@ def shown(x, digits=4):
 
 
 @pytest.mark.browser
-@in_browser
 def test_steps_through_a_gpt_by_key(open_page):
     """All steps by key, and at three of them the gradient that grad computes."""
     model, trace = gpt_trace(layers=3)
@@ -241,7 +223,6 @@ def test_steps_through_a_gpt_by_key(open_page):
 
 
 @pytest.mark.browser
-@in_browser
 def test_buttons_keys_search_and_play(open_page):
     a, b = Tensor(np.float64(-4.0), True), Tensor(np.float64(2.0), True)
     c = a * b
@@ -296,7 +277,6 @@ def test_buttons_keys_search_and_play(open_page):
 
 
 @pytest.mark.browser
-@in_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (390, "dark")])
 def test_nothing_overflows_or_fades(open_page, width, scheme):
     """No sideways scrolling at desktop and phone width, no cut number, and text that can be read."""
@@ -331,7 +311,6 @@ def test_nothing_overflows_or_fades(open_page, width, scheme):
 
 
 @pytest.mark.browser
-@in_browser
 def test_evil_names_stay_names(open_page):
     page = open_page(evil_trace())
     page.keyboard.press("ArrowRight")
@@ -341,7 +320,6 @@ def test_evil_names_stay_names(open_page):
 
 
 @pytest.mark.browser
-@in_browser
 def test_in_a_notebooks_frame(open_page, browser, tmp_path):
     a = Tensor(np.float64(3.0), True)
     frame = mt.trace(a * a)._repr_html_()
