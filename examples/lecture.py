@@ -97,11 +97,11 @@ class MultiHead(nn.Module):
     """Narrow heads side by side: all queries, keys and values by one matrix, and attention by one kernel."""
 
     def __init__(self, width, heads):
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.heads = heads                                                      # +
+        self.qkv = nn.Linear(width, 3 * width, bias=False)                      # +
 
-    def forward(self, x):
-        return mt.attention(self.qkv(x), self.heads)            # as Head does it: see tests/examples
+    def forward(self, x):                                       # as Head does it: see tests/examples
+        return mt.attention(self.qkv(x), self.heads)                            # +
 
 
 class ManyHeads(nn.Module):
@@ -219,10 +219,12 @@ class DroppedBlock(nn.Module):
     def __init__(self, sizes):
         width, p = sizes.width, sizes.dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.Sequential(DroppedMultiHead(width, sizes.heads, p), nn.Linear(width, width),
-                                       nn.Dropout(p))                           # +
-        self.feedforward = nn.Sequential(nn.Linear(width, 4 * width), mt.relu, nn.Linear(4 * width, width),
-                                         nn.Dropout(p))                         # +
+        self.attention = nn.Sequential(
+            DroppedMultiHead(width, sizes.heads, p), nn.Linear(width, width),   # +
+            nn.Dropout(p))                                                      # +
+        self.feedforward = nn.Sequential(
+            nn.Linear(width, 4 * width), mt.relu, nn.Linear(4 * width, width),
+            nn.Dropout(p))                                                      # +
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
