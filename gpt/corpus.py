@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -125,13 +126,12 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
     if cache is None:
         raise BadInput("a text of this size needs a cache for its tokens; set XDG_CACHE_HOME to a folder")
     tokens = cache / "tokens" / f"{digest}-own"
-    found = tokens.with_suffix(".json")
-    if tokenizer and not (_whole(tokens, found) and
-                          json.loads(found.read_text()).get("vocabulary") == tokenizer.vocabulary):
+    content = _found(tokens)
+    if tokenizer and (content is None or content.get("vocabulary") != tokenizer.vocabulary):
         given = hashlib.sha256(tokenizer.vocabulary.encode()).hexdigest()[:16]
         tokens = cache / "tokens" / f"{digest}-{given}"
-        found = tokens.with_suffix(".json")
-    if not _whole(tokens, found):
+        content = _found(tokens)
+    if content is None:
         print("reading  a text of this size, once on this machine", flush=True)
         tokenizer = tokenizer or CharTokenizer(_vocabulary(files))
         unknown: Counter[str] = Counter()
@@ -142,22 +142,22 @@ def _mapped(files: Sequence[Path], digest: str, tokenizer: CharTokenizer | None
                     ids, missing = tokenizer.encode_known(piece)
                     ids.astype(_dtype(tokenizer)).tofile(file)
                     unknown.update(missing)
-            with replacing(found) as temporary:
-                temporary.write_text(json.dumps({"vocabulary": tokenizer.vocabulary, "unknown": unknown,
-                                                 "bytes": tokens.stat().st_size}))
+            content = {"vocabulary": tokenizer.vocabulary, "unknown": unknown, "bytes": tokens.stat().st_size}
+            with replacing(tokens.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(content))
         if not tokens.stat().st_size:
             raise BadInput(f"{_where(files)}: no character of it is in the vocabulary")
-    content = json.loads(found.read_text())
     tokenizer = CharTokenizer(content["vocabulary"])
     return tokenizer, np.asarray(np.memmap(tokens, _dtype(tokenizer), "r")), content["unknown"]
 
 
-def _whole(tokens: Path, found: Path) -> bool:
-    """Are both files there, and as they were written?"""
+def _found(tokens: Path) -> dict[str, Any] | None:
+    """What lies beside the tokens, if both files are there, and as they were written."""
     try:
-        return 0 < tokens.stat().st_size == json.loads(found.read_text())["bytes"]
+        content = json.loads(tokens.with_suffix(".json").read_text())
+        return content if 0 < tokens.stat().st_size == content["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _dtype(tokenizer: CharTokenizer) -> type[np.unsignedinteger]:

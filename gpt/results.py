@@ -182,13 +182,12 @@ class Results:
         """Draw the curves, write a sample, and say where everything is."""
         self.bar.close()
         progress = self.run.progress
-        if not progress.done:
+        if self.kept != self.place():                            # an evaluation keeps it too
             self.keep()
+        if not progress.done:
             self.end("stopped")
             print(f"stopped after {progress.step:,} steps; --resume goes on from {self.folder / LAST}")
             return
-        if self.kept != self.place():                            # the time ran out after the last evaluation
-            self.keep()
         best = progress.best()
         if best and best.step < progress.step:
             print(f"best     step {best.step:,}, validation {best.val_loss:.4f}, in {BEST}"

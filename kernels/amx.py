@@ -57,16 +57,8 @@ def stop_tiles(typing, bf16):
     return types.void(types.boolean), generate
 
 
-def block_function(module):
-    """C[32, 32] = first + A[32, k] @ B[k, 32]: what `simd.register_tile` calls, with its arguments."""
-    pointer = ir.FloatType().as_pointer()
-    arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, pointer, INDEX]
-    function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), arguments), "register_tile_amx")
-    if function.blocks:
-        return function
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
+def fill(function):
+    """The body of a register tile of `simd`: C[32, 32] = first + A[32, k] @ B[k, 32]."""
     a, a_row, _, b, b_row, c, c_row, k, first, first_row = function.args
     build = ir.IRBuilder(function.append_basic_block("start"))
 
@@ -82,7 +74,7 @@ def block_function(module):
         return build.mul(row, ir.Constant(INDEX, 4))
 
     sums = [(2 * i + j, i, j) for i in range(2) for j in range(2)]
-    with build.if_else(build.icmp_unsigned("!=", first, ir.Constant(pointer, None))) as (given, nothing):
+    with build.if_else(build.icmp_unsigned("!=", first, ir.Constant(first.type, None))) as (given, nothing):
         with given:
             for tile, i, j in sums:
                 load(tile, first, first_row, i, j)
@@ -101,4 +93,3 @@ def block_function(module):
     for tile, i, j in sums:
         _call(build, "tilestored64", ir.Constant(I8, tile), corner(c, c_row, i, j), in_bytes(c_row))
     build.ret_void()
-    return function

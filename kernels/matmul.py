@@ -25,7 +25,7 @@ from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
 from kernels.pack import mirror_stripe, pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
 from kernels.relu2 import relu2_row
-from kernels.simd import address, columns, height, out_of_line, register_tile, transpose_block
+from kernels.simd import LINE, address, columns, height, out_of_line, register_tile, transpose_block
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
 # the second, which is fast enough, as a step takes 14 cycles or more.
@@ -34,8 +34,8 @@ BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, 
 BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache, or
                             # 512 x 384 pairs on a tile unit
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-ALIGN = 16                  # floats to a line of the cache
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
+ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 TILES = TARGET.tiles

@@ -107,9 +107,8 @@ def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first,
                 wanted = build.and_(wide if vectors == 2 else build.not_(wide),
                                     bf16 if pairs else build.not_(bf16))
                 with build.if_then(wanted):
-                    function = (amx.block_function(build.module) if pairs and TARGET.tiles else
-                                _tile_function(build.module, real, vectors, pairs))
-                    build.call(function, [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
+                    build.call(_tile_function(build.module, real, vectors, pairs),
+                               [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
         return context.get_dummy_value()
 
     return signature, generate
@@ -140,6 +139,9 @@ def _tile_function(module, real, vectors, pairs):
         return function
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
+    if pairs and TARGET.tiles:
+        amx.fill(function)
+        return function
     a, a_row, a_step, b, b_step, c, c_row, k, given, given_row = function.args
     vector = ir.VectorType(real, lanes)
     align = TARGET.vector_bytes // lanes
