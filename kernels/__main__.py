@@ -25,7 +25,8 @@ from kernels import jit, memory
 from kernels.amx import start_tiles, stop_tiles
 from kernels.cpu import TARGET
 from kernels.jit import helper, kernel, launch
-from kernels.simd import address, columns, height, register_tile
+from kernels.simd import address
+from kernels.tile import columns, height, register_tile
 
 DEPTH, REPEATS = 128, 4000
 

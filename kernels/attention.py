@@ -38,7 +38,8 @@ from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.pack import pack_transposed
-from kernels.simd import ROWS, address, columns, out_of_line, register_tile, row_max
+from kernels.simd import address, out_of_line, row_max
+from kernels.tile import ROWS, columns, register_tile
 
 QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
 KEYS = 128                                   # the most keys in a block

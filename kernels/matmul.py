@@ -23,9 +23,18 @@ from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
-from kernels.pack import mirror_stripe, pack_columns, pack_transposed, pair_columns, pair_row, pair_transposed
+from kernels.pack import (
+    mirror_stripe,
+    pack_columns,
+    pack_transposed,
+    pair_columns,
+    pair_row,
+    pair_tiles,
+    pair_transposed,
+)
 from kernels.relu2 import relu2_row
-from kernels.simd import LINE, address, columns, height, out_of_line, register_tile, transpose_block
+from kernels.simd import LANES, LINE, ROUNDS, address, out_of_line, transpose_block
+from kernels.tile import columns, height, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
 # the second, which is fast enough, as a step takes 14 cycles or more.
@@ -33,6 +42,7 @@ BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
 BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache, or
                             # 512 x 384 pairs on a tile unit
+GROUP = 4                   # register tiles of A that are copied at a time
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
@@ -213,20 +223,22 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, mirrored, bf
     half, scale, shift = mirrored
     m, n = c.shape[1:]
     tall = (m + rows - 1) // rows                   # in register tiles
+    groups = (shared + GROUP - 1) // GROUP
     own = min((tall + blocks - 1) // blocks, tall - first_copied)      # tiles that a task copies, at the most
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), max(most_deep, 1)):
             depth = min(most_deep, k - k0)
-            for index in prange(batch_b * panels + len(a) * shared):
+            for index in prange(batch_b * panels + len(a) * groups):
                 task = np.int64(index)
                 if task < batch_b * panels:
                     pack_b(b, packed_b, task // panels, task % panels, n0, n, k0, k, depth, width, size_b,
                            transpose_b, bf16)
                 else:
-                    tile = task - batch_b * panels
-                    pack_a(a[tile // shared], packed_a, tile * size_a, first_copied + tile % shared, rows, m,
-                           k0, depth, size_a, transpose_a, bf16)
+                    batch_a, group = (task - batch_b * panels) // groups, (task - batch_b * panels) % groups
+                    first = first_copied + group * GROUP
+                    pack_block(a[batch_a], packed_a, (batch_a * shared - first_copied) * size_a, first,
+                               min(first + GROUP, tall), rows, m, k0, depth, size_a, transpose_a, bf16)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
@@ -326,7 +338,12 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
 @mover
 def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
     """Register tiles first to last of op(A), each at start + its number times size."""
-    for tile in range(first, last):
+    whole = first
+    if transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
+        whole = max(first, min(last, m // rows))
+        pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
+                   start + first * size, rows, size)
+    for tile in range(whole, last):
         pack_a(a, packed, start + tile * size, tile, rows, m, k0, depth, size, transposed, bf16)
 
 

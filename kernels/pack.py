@@ -8,7 +8,18 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.jit import exact, helper, mover
-from kernels.simd import bits, copy_columns, from_bits, out_of_line, prefetch_columns, transpose_block
+from kernels.simd import (
+    LANES,
+    ROUNDS,
+    bits,
+    copy_columns,
+    from_bits,
+    out_of_line,
+    prefetch_columns,
+    round_in_turn,
+    round_interleaved,
+    transpose_block,
+)
 
 AHEAD = 8         # rows far apart come from memory as if at random: each is asked for so many rows before
 
@@ -64,7 +75,10 @@ def pair_row(row, to):
     """to[p] = (row[2 p], row[2 p + 1]), and 0 for what is beyond the end."""
     out_of_line()
     whole = row.size // 2
-    for p in range(whole):
+    vectors = whole // LANES * LANES if ROUNDS else 0
+    for p in range(0, vectors, LANES):
+        round_in_turn(row, 2 * p, 2 * p + LANES, to, p, LANES)
+    for p in range(vectors, whole):
         to[p] = pair(row[2 * p], row[2 * p + 1])
     if row.size % 2:
         to[whole] = pair(row[row.size - 1], np.float32(0))
@@ -72,8 +86,11 @@ def pair_row(row, to):
 
 @mover
 def pair_columns(x, start, stride, count, depth, to, to_start, width):
-    """As `pack_columns`, in pairs of rows."""
+    """As `pack_columns`, in pairs of rows; whole vectors are written, the last of which reaches into the next
+    row, or beyond the end, if the width is not a multiple of theirs.
+    """
     out_of_line()
+    by_vectors = count if ROUNDS else 0
     for p in range((depth + 1) // 2):
         prefetch_columns(x, start + (2 * p + AHEAD) * stride)
         prefetch_columns(x, start + (2 * p + 1 + AHEAD) * stride)
@@ -81,12 +98,35 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
         panel = to[to_start + p * width:to_start + (p + 1) * width]
         if 2 * p + 1 < depth:
             high = x[start + (2 * p + 1) * stride:start + (2 * p + 1) * stride + count]
-            for j in range(count):
+            for j in range(0, by_vectors, LANES):
+                first, of_panel = start + 2 * p * stride + j, to_start + p * width + j
+                if by_vectors - j >= LANES:
+                    round_interleaved(x, first, first + stride, to, of_panel, LANES)
+                else:
+                    round_interleaved(x, first, first + stride, to, of_panel, by_vectors - j)
+            for j in range(by_vectors, count):
                 panel[j] = pair(low[j], high[j])
         else:
             for j in range(count):
                 panel[j] = pair(low[j], np.float32(0))
         panel[count:] = 0
+
+
+@mover
+def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
+    """As `pair_columns` for panels side by side, size apart in `to`, so that a row of x is read once for all.
+
+    Where ROUNDS, for an even depth and panels no wider than a vector.
+    """
+    out_of_line()
+    for p in range(depth // 2):
+        low = start + 2 * p * stride
+        for j in range(0, tiles * width, 2 * LANES):
+            prefetch_columns(x, low + AHEAD * stride + j)
+            prefetch_columns(x, low + (AHEAD + 1) * stride + j)
+        for tile in range(tiles):
+            first = low + tile * width
+            round_interleaved(x, first, first + stride, to, to_start + tile * size + p * width, width)
 
 
 @mover

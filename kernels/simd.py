@@ -1,27 +1,19 @@
-"""The register tile of every matrix product, and what feeds it, as vector instructions.
-
-    C (rows x 2 vectors)   =   A (rows x k)   times   B (k x 2 vectors)
-
-            B[p]:   [ vector 0 ][ vector 1 ]          one step of k: two loads of B, and for each row
-    A[0, p]  ->     [ sum 0,0  ][ sum 0,1  ]          one scalar of A broadcast to a vector and two
-    A[1, p]  ->     [ sum 1,0  ][ sum 1,1  ]          fused multiply-adds. The sums stay in registers
-      ...                  ...                        for all of k and touch memory once.
-
-numba cannot say "keep this in registers", so the tile is LLVM vector code; LLVM emits what the host has.
-"""
+"""What numba cannot say, as intrinsics: single instructions, and vectors of whole registers."""
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels import amx
 from kernels.cpu import TARGET
 
-ROWS = TARGET.rows
 LINE = 64                # bytes that a cache fetches at once
 I32, INDEX = ir.IntType(32), ir.IntType(64)
+LANES = TARGET.vector_bytes // 4         # float32 in a vector
+# Can the CPU round vectors to bfloat16? (One whose tile unit is played by a test may not.)
+ROUNDS = TARGET.bf16 and bool(llvm.get_host_cpu_features().get("avx512bf16"))
 
 
 @intrinsic
@@ -57,16 +49,6 @@ def out_of_line(typing):
     return types.void(), generate
 
 
-def columns(dtype) -> int:
-    """The width of the register tile: two vectors."""
-    return 2 * TARGET.vector_bytes // dtype.itemsize
-
-
-def height(bf16: bool) -> int:
-    """The rows of the register tile."""
-    return amx.ROWS if bf16 and TARGET.tiles else ROWS
-
-
 @intrinsic
 def address(typing, x, start):
     """The address of element start of an array read as flat memory; the caller keeps the array alive."""
@@ -82,139 +64,6 @@ def pointer(typing, like, address):
     def generate(context, build, signature, args):
         return build.inttoptr(args[1], context.get_value_type(signature.return_type))
     return types.CPointer(like.dtype)(like, types.intp), generate
-
-
-@intrinsic
-def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16):
-    """C[ROWS, 2 vectors] = first + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
-
-    like: any array of the dtype. a, b, c, first: addresses of the first elements; first is C itself to add to
-    it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
-    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here.
-    bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
-    C and a CPU that has such products only). On a tile unit C has `height(True)` rows, both vectors are
-    written always, a_step must be 1 and k a multiple of `amx.PAIRS`.
-    """
-    n, flag = types.intp, types.boolean
-    signature = types.void(like, n, n, n, n, n, n, n, n, n, n, flag, flag)
-
-    def generate(context, build, signature, args):
-        _, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16 = args
-        real = context.get_value_type(signature.args[0].dtype)
-        a, b, c, first = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c, first))
-        for pairs in [False, True][:1 + (TARGET.bf16 and real == ir.FloatType())]:
-            for vectors in (1, 2):
-                wanted = build.and_(wide if vectors == 2 else build.not_(wide),
-                                    bf16 if pairs else build.not_(bf16))
-                with build.if_then(wanted):
-                    build.call(_tile_function(build.module, real, vectors, pairs),
-                               [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-class _BFloat(ir.Type):
-    """bfloat16, which llvmlite does not name."""
-
-    def __str__(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _BFloat)
-
-    def __hash__(self):
-        return hash(_BFloat)
-
-
-def _tile_function(module, real, vectors, pairs):
-    """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
-    lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
-    pointer = real.as_pointer()
-    arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, pointer, INDEX]
-    function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), arguments),
-        f"register_tile_{'bf16' if pairs else real}_{vectors}")
-    if function.blocks:
-        return function
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
-    if pairs and TARGET.tiles:
-        amx.fill(function)
-        return function
-    a, a_row, a_step, b, b_step, c, c_row, k, given, given_row = function.args
-    vector = ir.VectorType(real, lanes)
-    align = TARGET.vector_bytes // lanes
-    start, load, head, loop, store = (function.append_basic_block(name) for name in
-                                      ("start", "load", "head", "k", "store"))
-    build = ir.IRBuilder(start)
-
-    def index(i):
-        return ir.Constant(INDEX, i)
-
-    def vector_at(p, j):
-        return build.bitcast(build.gep(p, [index(j * lanes)]), vector.as_pointer())
-
-    def multiply_add(x, y, z):
-        if not pairs:
-            fma = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector] * 3),
-                                                 f"llvm.fmuladd.v{lanes}f{8 * align}")
-            return build.call(fma, [x, y, z])
-        halves = ir.VectorType(_BFloat(), 2 * lanes)
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * TARGET.vector_bytes}"
-        dot = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector, halves, halves]), name)
-        return build.call(dot, [z, build.bitcast(x, halves), build.bitcast(y, halves)])
-
-    zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
-    first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-    rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
-    for row in rows_of_c:                    # asked for by the stores at the end, each would be waited for
-        _prefetch(build, row, vectors, write=True)
-    places = [(i, j) for i in range(ROWS) for j in range(vectors)]
-    build.cbranch(build.icmp_unsigned("!=", given, ir.Constant(pointer, None)), load, head)
-
-    build.position_at_end(load)
-    old = {(i, j): build.load(vector_at(build.gep(given, [build.mul(given_row, index(i))]), j), align=align)
-           for i, j in places}
-    build.branch(head)
-
-    build.position_at_end(head)
-    first = {place: build.phi(vector) for place in places}
-    for place in places:
-        first[place].add_incoming(zero, start)
-        first[place].add_incoming(old[place], load)
-    build.cbranch(build.icmp_signed(">", k, index(0)), loop, store)
-
-    build.position_at_end(loop)
-    p = build.phi(INDEX)
-    sums = {place: build.phi(vector) for place in places}
-    a_p, b_p = build.gep(a, [build.mul(p, a_step)]), build.gep(b, [build.mul(p, b_step)])
-    b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(vectors)]
-    following = {}
-    for i in range(ROWS):
-        scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
-        broadcast = build.shuffle_vector(
-            build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first_lane)
-        for j in range(vectors):
-            following[i, j] = multiply_add(broadcast, b_vectors[j], sums[i, j])
-    next_p = build.add(p, index(1))
-    p.add_incoming(index(0), head)
-    p.add_incoming(next_p, loop)
-    for place in places:
-        sums[place].add_incoming(first[place], head)
-        sums[place].add_incoming(following[place], loop)
-    build.cbranch(build.icmp_signed("<", next_p, k), loop, store)
-
-    build.position_at_end(store)
-    for place in places:
-        first_or_last = build.phi(vector)
-        first_or_last.add_incoming(first[place], head)
-        first_or_last.add_incoming(following[place], loop)
-        following[place] = first_or_last
-    for i, j in places:
-        build.store(following[i, j], vector_at(rows_of_c[i], j), align=align)
-    build.ret_void()
-    return function
 
 
 @intrinsic
@@ -282,7 +131,71 @@ def copy_columns(typing, x, x_start, to, to_start):
     return signature, generate
 
 
-def _prefetch(build, address, vectors, write):
+class BFloat(ir.Type):
+    """bfloat16, which llvmlite does not name."""
+
+    def __str__(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloat)
+
+    def __hash__(self):
+        return hash(BFloat)
+
+
+def _rounding(interleaved):
+    """An intrinsic that rounds two vectors of float32 to one of pairs of bfloat16, to nearest even: those of
+    the first side by side, then those of the second; or, interleaved, each with its like of the second. Of
+    each only `count` elements are read, zeros stand for the others; all pairs are written.
+
+    Where ROUNDS; what is below the smallest normal number becomes 0, as the products take it anyway.
+    """
+    @intrinsic
+    def round_vectors(typing, x, first, second, to, to_start, count):
+        def generate(context, build, signature, args):
+            x, first, second, to, to_start, count = args
+            real = context.get_value_type(signature.args[0].dtype)
+            if not ROUNDS or real != ir.FloatType():                  # compiled along, and never run
+                return context.get_dummy_value()
+            vector, halves = ir.VectorType(real, LANES), ir.VectorType(BFloat(), 2 * LANES)
+            lanes = ir.Constant(ir.VectorType(INDEX, LANES), list(range(LANES)))
+            zero = ir.Constant(vector, [0.0] * LANES)
+            counts = build.shuffle_vector(
+                build.insert_element(ir.Constant(lanes.type, ir.Undefined), count, ir.Constant(I32, 0)),
+                ir.Constant(lanes.type, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+            mask = build.icmp_signed("<", lanes, counts)
+
+            load = cgutils.get_or_insert_function(
+                build.module, ir.FunctionType(vector, [vector.as_pointer(), I32, mask.type, vector]),
+                f"llvm.masked.load.v{LANES}f32.p0")
+
+            def at(array, place, start):
+                data = context.make_array(signature.args[place])(context, build, array).data
+                return build.bitcast(build.gep(data, [start]), vector.as_pointer())
+
+            align = ir.Constant(I32, 4)
+            low, high = (build.call(load, [at(x, 0, start), align, mask, zero]) for start in (first, second))
+            convert = cgutils.get_or_insert_function(
+                build.module, ir.FunctionType(halves, [vector, vector]),
+                f"llvm.x86.avx512bf16.cvtne2ps2bf16.{8 * TARGET.vector_bytes}")
+            pairs = build.bitcast(build.call(convert, [high, low]),
+                                  ir.VectorType(ir.IntType(16), 2 * LANES))
+            if interleaved:
+                order = [place for i in range(LANES) for place in (i, LANES + i)]
+                pairs = build.shuffle_vector(
+                    pairs, pairs, ir.Constant(ir.VectorType(I32, 2 * LANES), order))
+            build.store(build.bitcast(pairs, vector), at(to, 3, to_start), align=4)
+            return context.get_dummy_value()
+        n = types.intp
+        return types.void(x, n, n, to, n, n), generate
+    return round_vectors
+
+
+round_in_turn, round_interleaved = _rounding(False), _rounding(True)
+
+
+def prefetch(build, address, vectors, write):
     """Ask for the lines of so many vectors from an address on, before they are needed."""
     byte = ir.IntType(8).as_pointer()
     prefetch = cgutils.get_or_insert_function(
@@ -297,7 +210,7 @@ def prefetch_columns(typing, x, start):
     """Ask for two vectors, the width of the register tile, before they are needed; start may lie beyond x."""
     def generate(context, build, signature, args):
         data = context.make_array(signature.args[0])(context, build, args[0]).data
-        _prefetch(build, build.gep(data, [args[1]]), 2, write=False)
+        prefetch(build, build.gep(data, [args[1]]), 2, write=False)
         return context.get_dummy_value()
     return types.void(x, types.intp), generate
 
