@@ -32,6 +32,7 @@ class Config:
     muon_lr: float = _option(1e-2, "learning rate after the warm-up, Muon's; falls as AdamW's does")
     min_lr: float = _option(1e-4, "learning rate at the end of the cosine")
     warmup: int = _option(100, "steps over which the learning rate rises")
+    hold: float = _option(0.0, "share of the steps after which the cosine begins, in [0, 1]")
     beta1: float = _option(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = _option(0.99, "AdamW: decay of the mean of their squares")
     decay: float = _option(0.1, "weight decay of matrices")
@@ -55,6 +56,7 @@ class Config:
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
         for name in ("dropout", "beta1", "beta2", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("hold", 0 <= self.hold <= 1, "in [0, 1]")
         self._require("minutes", 0 <= self.minutes <= 2**24, "0 or a positive number, at most 2**24")
         for name in ("patience", "micro_batch"):
             self._require(name, 0 <= getattr(self, name) < 2**53, "at least 0, and below 2**53")
@@ -74,18 +76,19 @@ class Config:
 
 DEFAULT = "quick"
 _IDEAS: dict[str, Any] = {"positions": "rotary", "qk_norm": True, "mlp": "relu2", "optimizer": "muon",
-                          "lr": 1e-2, "min_lr": 1e-3}
+                          "min_lr": 0.0}
 RECIPES = {
     "quick": Config(                                            # the best validation loss that a minute buys
-        context=128, steps=850, muon_lr=1.5e-2, warmup=50, eval_every=425, **{**_IDEAS, "min_lr": 0.0}),
+        context=128, steps=750, lr=1e-2, muon_lr=1.5e-2, momentum=0.9, beta2=0.95, warmup=15, hold=0.4,
+        eval_every=375, **_IDEAS),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
-        muon_lr=1e-2, steps=300, warmup=20, eval_every=300, **_IDEAS),
+        batch=24, steps=125, lr=7e-3, muon_lr=3e-2, momentum=0.7, beta2=0.95, warmup=3, hold=0.5,
+        eval_every=125, **_IDEAS),
     "lecture": Config(                                          # the scaled-up GPT
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),
     "lecture-modern": Config(                                   # the same with the four ideas
-        layers=6, heads=6, width=384, context=256, dropout=0.2, batch=16, steps=1750, muon_lr=2e-2,
-        warmup=100, eval_every=250, **{**_IDEAS, "lr": 3e-3, "min_lr": 0.0}),
+        layers=6, heads=6, width=384, context=256, dropout=0.2, batch=16, steps=1750, lr=3e-3, muon_lr=2e-2,
+        momentum=0.9, warmup=100, eval_every=250, **_IDEAS),
 }
-

@@ -15,7 +15,8 @@ class Schedule:
     """Warm-up and cosine over config.steps steps, or stretched over config.minutes in their place.
 
     Under --minutes the place in the schedule is the share of the time that has gone, between the first step
-    (which may compile kernels) and what the last evaluation will take; --warmup stays the same share of all.
+    (which may compile kernels) and what the last evaluation will take; --warmup and --hold stay the same
+    shares of all.
     """
 
     def __init__(self, config: Config, progress: Progress, evaluated: int):
@@ -25,7 +26,8 @@ class Schedule:
     def lr(self) -> float:
         """The learning rate of the next step."""
         config = self.config
-        return warmup_cosine(self._position(), config.steps, config.warmup, config.lr, config.min_lr)
+        return warmup_cosine(self._position(), config.steps, config.warmup, config.lr, config.min_lr,
+                             config.hold * config.steps)
 
     def over(self) -> bool:
         """Is training done?"""

@@ -13,6 +13,7 @@ from gpt.config import DEFAULT, RECIPES, Config
 from gpt.corpus import Corpus, open_corpus
 from gpt.data import check_length
 from gpt.errors import BadInput
+from gpt.results import BEST
 from gpt.run import Run
 
 # What a model computes; the other fields may change when training goes on from one.
@@ -49,7 +50,13 @@ def take_up(path: Path, given: dict[str, Any], data: list[str] | None,
 
     Options that are not given (precision: None) are the run's.
     """
-    run = load_run(path)
+    try:
+        run = load_run(path)
+    except BadInput as error:
+        if not (path.exists() and path.with_name(BEST).exists()):
+            raise
+        raise BadInput(f"{error}; {BEST} beside it holds the run at its best evaluation: --resume takes that "
+                       f"up once it is renamed to {path.name}") from error
     corpus = open_corpus(data or _paths(run.source), run.tokenizer)
     kept = run.source.setdefault("precision", "highest")
     asked = _source(corpus, data, precision or kept)

@@ -115,7 +115,8 @@ def test_a_damaged_checkpoint_is_not_resumed_and_the_best_one_can_be(tmp_path, c
         (out / "checkpoint.safetensors").write_bytes(damaged)
         assert train(tmp_path, out, "--resume") == 2
         said = capsys.readouterr().err
-        assert "checkpoint.safetensors" in said and said.count("\n") == 1
+        assert "checkpoint.safetensors" in said and "best.safetensors beside it" in said
+        assert said.count("\n") == 1
         assert (out / "checkpoint.safetensors").read_bytes() == damaged
     (out / "best.safetensors").rename(out / "checkpoint.safetensors")
     assert train(tmp_path, out, "--resume") == 0

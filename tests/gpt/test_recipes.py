@@ -63,7 +63,7 @@ def test_quick_is_the_default_and_classic_is_nanogpts():
     assert DEFAULT == "quick" and parsed() == RECIPES["quick"]
     classic = dict(layers=4, heads=4, width=128, context=64, dropout=0.0, bias=False, positions="learned",
                    qk_norm=False, mlp="gelu", batch=12, steps=2000, optimizer="adamw", lr=1e-3, min_lr=1e-4,
-                   warmup=100, beta1=0.9, beta2=0.99, decay=0.1, clip=1.0, eval_every=500, seed=0)
+                   warmup=100, hold=0.0, beta1=0.9, beta2=0.99, decay=0.1, clip=1.0, eval_every=500, seed=0)
     assert classic.items() <= dataclasses.asdict(RECIPES["classic"]).items()
     for name in ("quick", "modern", "lecture-modern"):
         assert IDEAS.items() <= dataclasses.asdict(RECIPES[name]).items()
@@ -80,6 +80,7 @@ def test_quick_is_the_default_and_classic_is_nanogpts():
      "--heads is 4; it must be such that width / heads, 3, is even"),
     ({"muon_lr": 0.0}, "--muon-lr is 0.0; it must be a positive number"),
     ({"momentum": 1.0}, "--momentum is 1.0; it must be in"),
+    ({"hold": 1.5}, "--hold is 1.5; it must be in"),
 ])
 def test_what_cannot_be_is_named(wrong, said):
     with pytest.raises(BadInput, match=f"^{said}"):

@@ -1,4 +1,5 @@
 """How long a run lasts, in parts or at once, and how one starts from another's weights."""
+import itertools
 import json
 import math
 import time
@@ -42,6 +43,17 @@ def test_by_steps_it_is_warm_up_and_cosine():
         assert math.isnan(schedule.remaining()) if step == 0 else \
             0 <= schedule.remaining() <= 0.5 * (100 - step - 1) + 4
     assert schedule.over() and schedule.remaining() == 0
+
+
+def test_hold_is_the_share_at_the_full_rate():
+    config = Config(steps=100, warmup=10, hold=0.5)
+    progress = Progress()
+    schedule, rates = Schedule(config, progress, 1000), []
+    for _ in range(100):
+        rates.append(schedule.lr())
+        progress.after_step(1.0, 1.0, rates[-1], 0.5)
+    assert rates.index(config.lr) == 10 and rates[10:51] == 41 * [config.lr]
+    assert all(late < early for early, late in itertools.pairwise(rates[50:]))
 
 
 @pytest.mark.parametrize("step_seconds", [0.1, 0.7])

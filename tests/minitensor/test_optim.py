@@ -187,6 +187,15 @@ def test_warmup_cosine_at_its_corners():
     assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
 
 
+def test_warmup_cosine_holds_the_rate_first_where_asked():
+    def lr(step, hold=60, warmup=10):
+        return warmup_cosine(step, steps=110, warmup=warmup, lr=1.0, min_lr=0.1, hold=hold)
+    assert lr(9) == pytest.approx(10 / 11) and lr(10) == lr(35) == lr(60) == 1.0
+    assert lr(85) == pytest.approx(0.55) and lr(110) == lr(200) == pytest.approx(0.1)
+    assert [lr(step, hold=5) for step in range(111)] == [lr(step, hold=0) for step in range(111)]
+    assert lr(109, hold=110) == 1.0 and lr(109, hold=110, warmup=0) == 1.0      # held to the end
+
+
 def test_a_parameter_that_gets_its_first_gradient_late_starts_then():
     """PyTorch counts the steps of each parameter: a bias correction spent on nothing would overshoot."""
     early, late = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
