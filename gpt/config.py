@@ -79,12 +79,12 @@ _IDEAS: dict[str, Any] = {"positions": "rotary", "qk_norm": True, "mlp": "relu2"
                           "min_lr": 0.0}
 RECIPES = {
     "quick": Config(                                            # the best validation loss that a minute buys
-        context=128, steps=750, lr=1e-2, muon_lr=1.5e-2, momentum=0.9, beta2=0.95, warmup=15, hold=0.4,
-        eval_every=375, **_IDEAS),
+        context=128, steps=800, lr=1e-2, muon_lr=1.5e-2, momentum=0.9, beta2=0.95, warmup=15, eval_every=400,
+        **_IDEAS),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
-        batch=24, steps=125, lr=7e-3, muon_lr=3e-2, momentum=0.7, beta2=0.95, warmup=3, hold=0.5,
-        eval_every=125, **_IDEAS),
+        batch=24, steps=130, lr=7e-3, muon_lr=2.5e-2, momentum=0.75, beta2=0.95, warmup=3, hold=0.5,
+        eval_every=130, **_IDEAS),
     "lecture": Config(                                          # the scaled-up GPT
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),
