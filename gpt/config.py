@@ -25,6 +25,7 @@ class Config:
                              ("learned", "rotary"))
     qk_norm: bool = _option(False, "queries and keys of length √D")
     mlp: str = _option("gelu", "activation of the MLP", ("gelu", "relu2"))
+    token_std: float = _option(0.02, "standard deviation of embeddings at the start; other weights have 0.02")
     batch: int = _option(12, "windows in a step, B")
     steps: int = _option(2000, "steps of training")
     optimizer: str = _option("adamw", "of the blocks' matrices; AdamW for the rest", ("adamw", "muon"))
@@ -32,7 +33,7 @@ class Config:
     muon_lr: float = _option(1e-2, "learning rate after the warm-up, Muon's; falls as AdamW's does")
     min_lr: float = _option(1e-4, "learning rate at the end of the cosine")
     warmup: int = _option(100, "steps over which the learning rate rises")
-    hold: float = _option(0.0, "share of the steps after which the cosine begins, in [0, 1]")
+    hold: float = _option(0.0, "share of the steps after which the rate falls, linearly; 0: as a cosine")
     beta1: float = _option(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = _option(0.99, "AdamW: decay of the mean of their squares")
     decay: float = _option(0.1, "weight decay of matrices")
@@ -50,7 +51,7 @@ class Config:
             self._require(name, 1 <= getattr(self, name) <= 2**24, "at least 1, and at most 2**24")
         for name in ("steps", "eval_every"):
             self._require(name, 1 <= getattr(self, name) < 2**53, "at least 1, and below 2**53")
-        for name in ("lr", "muon_lr", "clip"):
+        for name in ("token_std", "lr", "muon_lr", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("min_lr", "decay"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
@@ -83,8 +84,8 @@ RECIPES = {
         **_IDEAS),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
-        batch=24, steps=130, lr=7e-3, muon_lr=2.5e-2, momentum=0.75, beta2=0.95, warmup=3, hold=0.5,
-        eval_every=130, **_IDEAS),
+        token_std=0.15, batch=24, steps=114, lr=1e-2, muon_lr=2.5e-2, momentum=0.75, beta2=0.95, warmup=0,
+        hold=0.5, decay=0.0, clip=0.5, eval_every=114, **_IDEAS),
     "lecture": Config(                                          # the scaled-up GPT
         layers=6, heads=6, width=384, context=256, dropout=0.2, batch=64, steps=5000, lr=3e-4,
         min_lr=3e-4, warmup=0, beta2=0.999, decay=0.01, eval_every=500),

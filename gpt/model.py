@@ -46,11 +46,14 @@ class GPT(nn.Module):
         return self.head(self.norm(x))                                      # (B, T, V)
 
     def _initialise(self) -> None:
-        """Matrices from N(0, 0.02), those into the residual stream smaller by √(2 layers); biases 0."""
+        """Embeddings of tokens from N(0, token_std), other matrices from N(0, 0.02), those into the residual
+        stream smaller by √(2 layers); biases 0.
+        """
+        into_stream = 0.02 / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                residual = name.endswith(("projection.weight", "down.weight"))
-                deviation = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                deviation = (self.config.token_std if parameter is self.tokens.weight else
+                             into_stream if name.endswith(("projection.weight", "down.weight")) else 0.02)
                 parameter.data[...] = deviation * generator().standard_normal(parameter.shape, np.float32)
             elif name.endswith("bias"):
                 parameter.data[...] = 0

@@ -6,13 +6,14 @@ import math
 from gpt.config import Config
 from gpt.errors import Diverged
 from gpt.run import Evaluation, Progress
-from minitensor.optim import warmup_cosine
+from minitensor.optim import trapezoid, warmup_cosine
 
 FORWARD = 3                                 # a step is about so many forward passes: backward is two of them
 
 
 class Schedule:
-    """Warm-up and cosine over config.steps steps, or stretched over config.minutes in their place.
+    """Warm-up and cosine, or a trapezoid, over config.steps steps, or stretched over config.minutes in their
+    place.
 
     Under --minutes the place in the schedule is the share of the time that has gone, between the first step
     (which may compile kernels) and what the last evaluation will take; --warmup and --hold stay the same
@@ -26,8 +27,8 @@ class Schedule:
     def lr(self) -> float:
         """The learning rate of the next step."""
         config = self.config
-        return warmup_cosine(self._position(), config.steps, config.warmup, config.lr, config.min_lr,
-                             config.hold * config.steps)
+        curve = self._position(), config.steps, config.warmup, config.lr, config.min_lr
+        return trapezoid(*curve, config.hold * config.steps) if config.hold else warmup_cosine(*curve)
 
     def over(self) -> bool:
         """Is training done?"""

@@ -70,15 +70,22 @@ def _norm_and_scale(parameters: list[Tensor], max_norm: float | None) -> tuple[f
     return norm, clip_scale(norm, max_norm)
 
 
-def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float, hold: float = 0) -> float:
-    """The learning rate of a step counted from 0: linear from 0 up to lr over so many steps of warm-up, lr up
-    to the step `hold`, then half a cosine to min_lr.
+def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float) -> float:
+    """The learning rate of a step counted from 0: linear from 0 up to lr over so many steps of warm-up, then
+    half a cosine to min_lr.
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    falls = max(warmup, hold)
-    progress = min(1.0, max(0.0, step - falls) / max(1, steps - falls))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(step: float, steps: int, warmup: int, lr: float, min_lr: float, hold: float) -> float:
+    """As `warmup_cosine`, but lr up to the step `hold`, then linear to min_lr. Source: Hägele et al. 2024."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    falls = max(warmup, hold)
+    return lr + (min_lr - lr) * min(1.0, max(0.0, step - falls) / max(1, steps - falls))
 
 
 def _note_change(parameters: list[Tensor]) -> None:

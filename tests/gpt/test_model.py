@@ -173,6 +173,15 @@ def test_the_same_seed_gives_the_same_bits():
     assert all(np.array_equal(w, weights_again[name]) for name, w in weights.items())
 
 
+def test_weights_start_as_the_config_has_them():
+    config = Config(layers=8, heads=2, width=64, context=32, token_std=0.15)
+    deviations = {name: p.data.std() for name, p in GPT(config, 65).named_parameters() if p.ndim == 2}
+    assert deviations.pop("tokens.weight") == pytest.approx(0.15, rel=0.05)
+    for name, deviation in deviations.items():
+        into_stream = name.endswith(("projection.weight", "down.weight"))
+        assert deviation == pytest.approx(0.02 / 4 if into_stream else 0.02, rel=0.05)
+
+
 def test_sizes():
     mt.seed(0)
     model = GPT(Config(), 65)

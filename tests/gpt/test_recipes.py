@@ -62,8 +62,9 @@ def test_a_recipe_is_what_the_command_line_gives_by_its_name(name):
 def test_quick_is_the_default_and_classic_is_nanogpts():
     assert DEFAULT == "quick" and parsed() == RECIPES["quick"]
     classic = dict(layers=4, heads=4, width=128, context=64, dropout=0.0, bias=False, positions="learned",
-                   qk_norm=False, mlp="gelu", batch=12, steps=2000, optimizer="adamw", lr=1e-3, min_lr=1e-4,
-                   warmup=100, hold=0.0, beta1=0.9, beta2=0.99, decay=0.1, clip=1.0, eval_every=500, seed=0)
+                   token_std=0.02, qk_norm=False, mlp="gelu", batch=12, steps=2000, optimizer="adamw",
+                   lr=1e-3, min_lr=1e-4, warmup=100, hold=0.0, beta1=0.9, beta2=0.99, decay=0.1, clip=1.0,
+                   eval_every=500, seed=0)
     assert classic.items() <= dataclasses.asdict(RECIPES["classic"]).items()
     for name in ("quick", "modern", "lecture-modern"):
         assert IDEAS.items() <= dataclasses.asdict(RECIPES[name]).items()
@@ -79,6 +80,7 @@ def test_quick_is_the_default_and_classic_is_nanogpts():
     ({"positions": "rotary", "width": 12, "heads": 4},
      "--heads is 4; it must be such that width / heads, 3, is even"),
     ({"muon_lr": 0.0}, "--muon-lr is 0.0; it must be a positive number"),
+    ({"token_std": 0.0}, "--token-std is 0.0; it must be a positive number"),
     ({"momentum": 1.0}, "--momentum is 1.0; it must be in"),
     ({"hold": 1.5}, "--hold is 1.5; it must be in"),
 ])

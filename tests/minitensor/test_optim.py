@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from minitensor.optim import SGD, AdamW, Muon, Together, clip_grad_norm, grad_norm, warmup_cosine
+from minitensor.optim import SGD, AdamW, Muon, Together, clip_grad_norm, grad_norm, trapezoid, warmup_cosine
 from minitensor.tensor import Tensor
 
 SHAPES = [(5, 3), (3,), (), (2, 3, 4), (1, 1)]
@@ -187,12 +187,13 @@ def test_warmup_cosine_at_its_corners():
     assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
 
 
-def test_warmup_cosine_holds_the_rate_first_where_asked():
+def test_trapezoid_at_its_corners():
     def lr(step, hold=60, warmup=10):
-        return warmup_cosine(step, steps=110, warmup=warmup, lr=1.0, min_lr=0.1, hold=hold)
+        return trapezoid(step, steps=110, warmup=warmup, lr=1.0, min_lr=0.1, hold=hold)
     assert lr(9) == pytest.approx(10 / 11) and lr(10) == lr(35) == lr(60) == 1.0
-    assert lr(85) == pytest.approx(0.55) and lr(110) == lr(200) == pytest.approx(0.1)
-    assert [lr(step, hold=5) for step in range(111)] == [lr(step, hold=0) for step in range(111)]
+    assert lr(70) == pytest.approx(0.82) and lr(85) == pytest.approx(0.55)
+    assert lr(110) == lr(200) == pytest.approx(0.1)
+    assert [lr(step, hold=5) for step in range(111)] == [lr(step, hold=10) for step in range(111)]
     assert lr(109, hold=110) == 1.0 and lr(109, hold=110, warmup=0) == 1.0      # held to the end
 
 
