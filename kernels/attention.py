@@ -16,7 +16,9 @@ A task is one head of one sequence. Forward, it takes blocks of queries against 
 for every query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by
 exp(m - m'). Backward, it takes blocks of keys against blocks of queries and makes p again from s and n.
 Products are register tiles on scratch that stays in the second-level cache; tiles that the causal mask hides
-are skipped.
+are skipped. In bfloat16 (see `kernels.matmul`) what is multiplied is rounded on its way into the scratch, to
+pairs of what follows each other where a product adds up: along D for s and dp, along keys for o and dq, along
+queries for dk and dv.
 
 A mask (B, S) of bool hides the keys where it is False from all queries: their scores are -inf, and zeros
 take the place of their keys and values, so that not even a NaN in them is seen. A query that sees no key
@@ -34,15 +36,18 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
+from kernels.cpu import TARGET
 from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp
 from kernels.jit import helper, kernel, launch, max_threads, mover
-from kernels.pack import pack_transposed
-from kernels.simd import address, out_of_line, row_max
+from kernels.matmul import get_matmul_precision
+from kernels.pack import pack_transposed, pair_columns, pair_row, pair_transposed
+from kernels.simd import LANES, ROUNDS, address, out_of_line, row_max
 from kernels.tile import ROWS, columns, register_tile
 
 QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
 KEYS = 128                                   # the most keys in a block
+MANY_KEYS = 192                              # from here on products in bfloat16 pay: half way from 128 to 256
 
 
 def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float = 0.0, seed: int = 0,
@@ -153,7 +158,8 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
         rows = _round_up(keys, block)
         scratch = _scratch(q.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, block),
                            (QUERIES, padded), (2, QUERIES))
-        launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
+        forward = _attention_forward_bf16 if _in_bf16(keys, q.dtype, sizes.mask) else _attention_forward
+        launch(forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
                norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch)
     return out, norms
 
@@ -166,13 +172,25 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     if out.size and keys:
         tile, padded, block = _blocks(depth, keys, q.dtype)
         rows, block_rows = _round_up(time, QUERIES), _round_up(block, ROWS)
+        bf16 = _in_bf16(keys, q.dtype, sizes.mask)
+        pairs, block_pairs = (rows // 2, QUERIES // 2 * block_rows + LANES) if bf16 else (0, 0)
         scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
                            (block * depth,), (block * depth,), (block, padded),
                            (block_rows, padded), (block_rows, padded),
-                           (QUERIES, block_rows), (QUERIES, block_rows))
-        launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
-               sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
-               sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch)
+                           (QUERIES, block_rows), (QUERIES, block_rows),
+                           (pairs * padded,), (pairs * padded,), (block_pairs,), (block_pairs,))
+        backward = _attention_backward_bf16 if bf16 else _attention_backward
+        launch(backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1), sizes.mask,
+               out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1), sizes.layout,
+               sizes.causal, dropout, (tile, padded, block), scratch)
+
+
+def _in_bf16(keys: int, dtype: np.dtype, mask: np.ndarray) -> bool:
+    """Are products in bfloat16? Not under a mask, on a tile unit, whose tiles are others, or of few keys,
+    where rounding costs what it saves.
+    """
+    return (get_matmul_precision() == "bf16" and dtype == np.float32 and keys >= MANY_KEYS and not mask.size
+            and ROUNDS and not TARGET.tiles)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -199,12 +217,20 @@ def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks,
     for index in prange(tasks):
         task = np.int64(index)
         head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
-                     numba.get_thread_id())
+                     numba.get_thread_id(), None)
+
+
+@kernel
+def _attention_forward_bf16(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
+        head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
+                     numba.get_thread_id(), True)
 
 
 @helper
-def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread):
-    """One head of one sequence."""
+def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread, paired):
+    """One head of one sequence. paired: True, or None, so that numba leaves out what is not of the case."""
     limit, kept_scale, start_of_rows = dropout
     tile, padded, block = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
@@ -218,13 +244,19 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
     first = first_visible(visible)
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     lowest, scale = norms.dtype.type(-math.inf), norms.dtype.type(1 / math.sqrt(depth))
+    deep = steps(depth, paired)
     for j in range(0, keys, tile):
-        pack_transposed(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
-                        key_panels, j * depth, tile)
-    pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
+        pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
+                   key_panels, j * deep, tile, paired)
+    if paired is not None:
+        pair_columns(kv, value_start, kv_row, depth, keys, values.reshape(-1), 0, padded)
+    else:
+        pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     for i0 in range(0, time, QUERIES):
         rows = min(QUERIES, time - i0)
         pack_rows(q, start + i0 * q_row, q_row, rows, depth, scale, visible[:0], queries)
+        if paired is not None:
+            pair_rows(queries, rows)
         sums[:] = 0
         tops[0] = -math.inf
         tops[1] = 0
@@ -232,8 +264,8 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
         for j0 in range(0, min(keys, rows + reach), block):
             count = min(block, keys - j0)
             diagonal = reach - j0
-            multiply_panels(queries, 0, depth, key_panels, j0 * depth, depth, scores, block,
-                            rows, count, tile, diagonal)
+            multiply_panels(queries, 0, depth, key_panels, j0 * deep, deep, scores, block,
+                            rows, count, tile, diagonal, paired)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if visible.size:
@@ -241,7 +273,10 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
                 weigh(scores[i], n, tops, i, sums[i])
                 if kept_scale != one:
                     drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
-            multiply_rows(scores, block, values, j0 * padded, sums, 0, padded, rows, count, tile, diagonal)
+            if paired is not None:
+                pair_rows(scores, rows)
+            multiply_rows(scores, block, values, steps(j0, paired) * padded, sums, 0, padded,
+                          rows, count, tile, diagonal, paired)
         for i in range(rows):
             norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
             to = out_start + (i0 + i) * width
@@ -301,13 +336,22 @@ def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, 
     for index in prange(tasks):
         task = np.int64(index)
         head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
-                      scratch, numba.get_thread_id())
+                      scratch, numba.get_thread_id(), None)
+
+
+@kernel
+def _attention_backward_bf16(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, scratch,
+                             tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
+        head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
+                      scratch, numba.get_thread_id(), True)
 
 
 @helper
 def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, dropout, blocks, scratch,
-                  thread):
-    """One head of one sequence."""
+                  thread, paired):
+    """As `head_forward`."""
     limit, kept_scale, start_of_rows = dropout
     tile, padded, block = blocks
     queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
@@ -315,6 +359,8 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
     key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
     dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a key block
     weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
+    query_pairs, dout_pairs = scratch[11][thread], scratch[12][thread]        # along queries, of the head
+    weight_pairs, dscore_pairs = scratch[13][thread], scratch[14][thread]     # and of the blocks
     block_rows = weights.shape[1]
     time = norms.size
     keys, heads, depth, q_row, kv_row, _ = layout
@@ -328,14 +374,22 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
     dqueries[:] = 0
     for i in range(time):
         deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
+    if paired is not None:
+        for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
+            pair_columns(x.reshape(-1), 0, padded, padded, time, pairs, 0, padded)
+            pair_rows(x, time)
+    deep = steps(depth, paired)
     for j0 in range(0, keys, block):
         count = min(block, keys - j0)
         key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
         for j in range(0, count, tile):
             for panels, begin in ((key_panels, key_at), (value_panels, value_at)):
-                pack_transposed(kv, begin + j * kv_row, kv_row, min(tile, count - j), depth,
-                                panels, j * depth, tile)
-        pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
+                pack_panel(kv, begin + j * kv_row, kv_row, min(tile, count - j), depth,
+                           panels, j * deep, tile, paired)
+        if paired is not None:
+            pair_columns(kv, key_at, kv_row, depth, count, key_block.reshape(-1), 0, padded)
+        else:
+            pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
         dkeys[:] = 0
         dvalues[:] = 0
         first_query = max(0, j0 - (keys - time)) if causal else 0
@@ -343,10 +397,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
             rows = min(QUERIES, time - i0)
             diagonal = (i0 + keys - time if causal else keys) - j0
             at = i0 * padded
-            multiply_panels(queries, at, padded, key_panels, 0, depth, weights, block_rows,
-                            rows, count, tile, diagonal)
-            multiply_panels(douts, at, padded, value_panels, 0, depth, dscores, block_rows,
-                            rows, count, tile, diagonal)
+            multiply_panels(queries, at, padded, key_panels, 0, deep, weights, block_rows,
+                            rows, count, tile, diagonal, paired)
+            multiply_panels(douts, at, padded, value_panels, 0, deep, dscores, block_rows,
+                            rows, count, tile, diagonal, paired)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
@@ -357,10 +411,23 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                     hide(dscores[i], n, visible[j0:j0 + count], zero)
                 if kept_scale != one:
                     drop(weights[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
+            if paired is not None:
+                for x, pairs in ((weights, weight_pairs), (dscores, dscore_pairs)):
+                    pair_columns(x.reshape(-1), 0, block_rows, block_rows, rows, pairs, 0, block_rows)
+                pair_rows(dscores, rows)
             multiply_rows(dscores, block_rows, key_block, 0, dqueries, at, padded,
-                          rows, count, tile, diagonal)
-            multiply_columns(weights, block_rows, douts, at, dvalues, padded, rows, count, tile, diagonal)
-            multiply_columns(dscores, block_rows, queries, at, dkeys, padded, rows, count, tile, diagonal)
+                          rows, count, tile, diagonal, paired)
+            if paired is not None:
+                at = steps(i0, paired) * padded
+                multiply_columns(weight_pairs, block_rows, dout_pairs, at, dvalues, padded,
+                                 rows, count, tile, diagonal, paired)
+                multiply_columns(dscore_pairs, block_rows, query_pairs, at, dkeys, padded,
+                                 rows, count, tile, diagonal, paired)
+            else:
+                multiply_columns(weights.reshape(-1), block_rows, douts.reshape(-1), at, dvalues, padded,
+                                 rows, count, tile, diagonal, paired)
+                multiply_columns(dscores.reshape(-1), block_rows, queries.reshape(-1), at, dkeys, padded,
+                                 rows, count, tile, diagonal, paired)
         unpack_rows(dkeys, count, depth, one, dkv, key_at, kv_row)
         unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)
     unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
@@ -386,21 +453,29 @@ def inner(x, y):
 
 
 # ---- products of a block of queries, i < rows, and of keys, j < count, of which j <= i + diagonal count ----
+# paired: unless None, of pairs of bfloat16, from `pair_rows` and `pair_columns`; C is float32
+
+@helper
+def steps(n, paired):
+    """Elements, or pairs, that n values make."""
+    return n if paired is None else (n + 1) // 2
+
 
 @mover
-def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal):
-    """C[i, j] = a_i · column j of the panels."""
+def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal,
+                    paired):
+    """C[i, j] = a_i · column j of the panels, of so many elements or pairs."""
     out_of_line()
     for j in range(0, count, tile):
         for i in range(0, rows, ROWS):
             if j < i + ROWS + diagonal:
                 register_tile(c, address(a, a_start + i * a_row), a_row, 1,
                               address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, 0, 0, True, False)
+                              address(c, i * c_row + j), c_row, depth, 0, 0, True, paired is not None)
 
 
 @mover
-def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal):
+def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal, paired):
     """c_i += Σ_j A[i, j] b_j, for rows of width."""
     out_of_line()
     for i in range(0, rows, ROWS):
@@ -409,21 +484,40 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
             if n > 0:
                 to = address(c, c_start + i * width + d)
                 register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              to, width, n, to, width, True, False)
+                              to, width, steps(n, paired), to, width, True, paired is not None)
 
 
 @mover
-def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal):
+def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal, paired):
     """c_j += Σ_i A[i, j] b_i, for rows of width."""
     out_of_line()
     for j in range(0, count, ROWS):
         first = max(0, j - diagonal)                     # earlier queries do not see these keys
+        first, last = first if paired is None else first // 2, steps(rows, paired)
         for d in range(0, width, tile):
-            if first < rows:
+            if first < last:
                 to = address(c, j * width + d)
                 register_tile(c, address(a, first * a_row + j), 1, a_row,
                               address(b, b_start + first * width + d), width,
-                              to, width, rows - first, to, width, True, False)
+                              to, width, last - first, to, width, True, paired is not None)
+
+
+@mover
+def pack_panel(x, start, stride, count, depth, to, to_start, width, paired):
+    """See `kernels.pack`."""
+    out_of_line()
+    if paired is not None:
+        pair_transposed(x, start, stride, count, depth, to, to_start, width)
+    else:
+        pack_transposed(x, start, stride, count, depth, to, to_start, width)
+
+
+@mover
+def pair_rows(x, count):
+    """The first rows of x (., n) as pairs, in the first halves of their places."""
+    out_of_line()
+    for i in range(count):
+        pair_row(x[i], x[i])
 
 
 @mover

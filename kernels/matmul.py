@@ -62,11 +62,11 @@ _state = _State()
 
 
 def set_matmul_precision(precision: str) -> None:
-    """How `matmul` and `linear_forward` multiply float32 in this thread: "highest" in float32, "bf16" with
-    operands rounded to bfloat16 (relative error up to 2**-8 of each product).
+    """How `matmul`, `linear_forward` and attention over many keys multiply float32 in this thread: "highest"
+    in float32, "bf16" with operands rounded to bfloat16 (relative error up to 2**-8 of each product).
 
-    Sums are float32 either way; float64, column sums and attention are as always. RuntimeError where the CPU
-    has no such products.
+    Sums are float32 either way; float64 and column sums are as always. RuntimeError where the CPU has no such
+    products.
     """
     if precision not in ("highest", "bf16"):
         raise ValueError(f"set_matmul_precision: precision is {precision!r}; it must be 'highest' or 'bf16'")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels.cpu import TARGET
+from kernels.simd import ROUNDS
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +55,21 @@ def one_and_two_threads():
         finally:
             kernels.set_num_threads(before)
     return run
+
+
+@pytest.fixture
+def bf16():
+    """float32 is multiplied in bfloat16 while the test runs."""
+    if not TARGET.bf16:
+        pytest.skip(f"this CPU ({TARGET.name}) has no products in bfloat16")
+    kernels.set_matmul_precision("bf16")
+    yield
+    kernels.set_matmul_precision("highest")
+
+
+@pytest.fixture
+def bf16_attention(bf16, monkeypatch):
+    """Products of attention are in bfloat16, of however few keys."""
+    if not ROUNDS or TARGET.tiles:
+        pytest.skip(f"{TARGET.name}: attention is in float32")
+    monkeypatch.setattr("kernels.attention.MANY_KEYS", 1)

@@ -15,6 +15,7 @@ BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 TIMES = (1, 2, 3, 31, 33, 47, 48, 49, 65, 127)
 DEPTHS = (1, 5, 8, 16, 17, 32, 33, 64)
+BF16_ROUNDINGS = 4 * 2**16  # of float32: queries, keys, weights and what these multiply, in bfloat16
 
 
 def normal(*shape, dtype=np.float64, seed=0):
@@ -90,14 +91,14 @@ def backward(dout, qkv, heads, causal, p=0.0, seed=0):
     return [np.concatenate(x, axis=-1) for x in cross_backward(dout, *cut(qkv), heads, causal, p, seed)]
 
 
-def check(close, batch, time, heads, depth, dtype, causal, p=0.0, seed=5):
+def check(close, batch, time, heads, depth, dtype, causal, p=0.0, seed=5, roundings=0):
     where = f"B {batch}, T {time}, H {heads}, D {depth}"
     qkv = normal(batch, time, 3 * heads * depth, dtype=dtype)
     dout = normal(batch, time, heads * depth, dtype=dtype, seed=1)
     out, norms = kernels.attention_forward(qkv, heads, causal, p, seed)
     dqkv = kernels.attention_backward(dout, qkv, out, norms, heads, causal, p, seed)
     assert out.dtype == norms.dtype == dqkv.dtype == dtype
-    roundings = 20 + math.sqrt(time) + math.sqrt(depth)
+    roundings = roundings or 20 + math.sqrt(time) + math.sqrt(depth)
     for result, value, size in zip((out, norms), *forward(qkv, heads, causal, p, seed), strict=True):
         close(result, value, size, roundings, where)
     close(dqkv, *backward(dout, qkv, heads, causal, p, seed), roundings, where)
@@ -115,6 +116,34 @@ def test_equals_the_whole_matrix(dtype, causal, close):
 def test_equals_the_whole_matrix_over_many_tiles(dtype, causal, close):
     check(close, 2, 300, 2, 33, dtype, causal)
     check(close, 1, 300, 3, 16, dtype, causal, p=0.2)
+
+
+@CAUSAL
+def test_bf16_equals_the_whole_matrix(causal, bf16_attention, close):
+    for (i, time), (j, depth) in itertools.product(enumerate((*TIMES, 300)), enumerate(DEPTHS)):
+        check(close, 1 + i % 2, time, 1 + (i + j) % 3, depth, np.float32, causal, p=0.3 * ((i + j) % 2),
+              roundings=BF16_ROUNDINGS)
+    check(close, 1, 33, 2, 5, np.float64, causal)                   # float64 is as always
+
+
+@CAUSAL
+def test_bf16_same_bits_on_one_and_two_threads(causal, bf16_attention, one_and_two_threads, same_bits):
+    test_same_bits_on_one_and_two_threads(np.float32, causal, one_and_two_threads, same_bits)
+
+
+@CAUSAL
+def test_bf16_leaves_nothing_in_the_scratch(causal, bf16_attention, same_bits):
+    qkv, dout = normal(1, 33, 3 * 17, dtype=np.float32), normal(1, 33, 17, dtype=np.float32)
+
+    def run():
+        out, norms = kernels.attention_forward(qkv, 1, causal)
+        return out, norms, kernels.attention_backward(dout, qkv, out, norms, 1, causal)
+    first = run()
+    nan = np.full((1, 127, 3 * 64), np.nan, np.float32)
+    out, norms = kernels.attention_forward(nan, 1, causal)
+    kernels.attention_backward(out, nan, out, norms, 1, causal)
+    same_bits(run(), first)
+    assert np.isfinite(np.concatenate([x.reshape(-1) for x in first])).all()
 
 
 @pytest.mark.parametrize("p", [0.5, 0.95])

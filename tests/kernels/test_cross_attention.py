@@ -6,7 +6,15 @@ import pytest
 
 import kernels
 from kernels import memory
-from tests.kernels.test_attention import BOTH, CAUSAL, cross_backward, cross_forward, cut, normal
+from tests.kernels.test_attention import (
+    BF16_ROUNDINGS,
+    BOTH,
+    CAUSAL,
+    cross_backward,
+    cross_forward,
+    cut,
+    normal,
+)
 
 SIZES = (                                    # B, T, S, H, D: less than a tile, some tiles, more keys or fewer
     (1, 1, 1, 1, 1), (2, 1, 7, 2, 5), (1, 5, 130, 3, 8), (2, 47, 49, 1, 17), (1, 65, 300, 2, 16),
@@ -55,6 +63,32 @@ def test_equals_the_whole_matrix(dtype, causal, close):
             gradients, sizes_of = cross_backward(dout, q, kv, heads, causal, p, 5, mask)
             for result, value, size in zip((dq, dkv), gradients, sizes_of, strict=True):
                 close(result, value, size, roundings, where)
+
+
+@CAUSAL
+def test_bf16_equals_the_whole_matrix(causal, bf16_attention, close):
+    for sizes in SIZES:
+        _, time, keys, heads, _ = sizes
+        if causal and time > keys:
+            continue
+        dout, q, kv = draw(*sizes, np.float32)
+        out, _, dq, dkv = run(dout, q, kv, heads, causal, 0.3, 5)
+        (expected, _), (size, _) = cross_forward(q, kv, heads, causal, 0.3, 5)
+        close(out, expected, size, BF16_ROUNDINGS, f"{sizes}")
+        gradients, sizes_of = cross_backward(dout, q, kv, heads, causal, 0.3, 5)
+        for result, value, size in zip((dq, dkv), gradients, sizes_of, strict=True):
+            close(result, value, size, BF16_ROUNDINGS, f"{sizes}")
+
+
+@CAUSAL
+def test_under_a_mask_bf16_is_float32(causal, bf16_attention, same_bits):
+    dout, q, kv = draw(2, 47, 49, 1, 17, np.float32)
+    masked = functools.partial(run, dout, q, kv, 1, causal, mask=np.ones((2, 49), bool))
+    coarse, rounded = run(dout, q, kv, 1, causal), masked()
+    kernels.set_matmul_precision("highest")
+    same_bits(masked(), rounded)
+    same_bits(run(dout, q, kv, 1, causal), rounded)
+    assert (coarse[0] != rounded[0]).any()
 
 
 @BOTH

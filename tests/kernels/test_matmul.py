@@ -289,16 +289,6 @@ def test_what_cannot_be_symmetric_is_an_error():
 
 # ---- products in bfloat16 ----------------------------------------------------------------------------------
 
-@pytest.fixture
-def bf16():
-    """float32 is multiplied in bfloat16 while the test runs."""
-    if not TARGET.bf16:
-        pytest.skip(f"this CPU ({TARGET.name}) has no products in bfloat16")
-    kernels.set_matmul_precision("bf16")
-    yield
-    kernels.set_matmul_precision("highest")
-
-
 def as_bf16(x):
     """x rounded to bfloat16, to nearest even, in float64: what a product is made of."""
     bits = x.astype(np.float32).view(np.uint32)
