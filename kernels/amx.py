@@ -58,7 +58,7 @@ def stop_tiles(typing, bf16):
 
 
 def fill(function):
-    """The body of a register tile of `simd`: C[32, 32] = first + A[32, k] @ B[k, 32]."""
+    """The body of a register tile of `tile`: C[32, 32] = first + A[32, k] @ B[k, 32]."""
     a, a_row, _, b, b_row, c, c_row, k, first, first_row = function.args
     build = ir.IRBuilder(function.append_basic_block("start"))
 

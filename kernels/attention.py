@@ -35,15 +35,25 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.blocks import (
+    elements,
+    multiply_columns,
+    multiply_panels,
+    multiply_rows,
+    pack_panel,
+    pack_rows,
+    pair_rows,
+    unpack_rows,
+)
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.matmul import get_matmul_precision
-from kernels.pack import pack_transposed, pair_columns, pair_row, pair_transposed
-from kernels.simd import LANES, ROUNDS, address, out_of_line, row_max
-from kernels.tile import ROWS, columns, register_tile
+from kernels.pack import pair_columns
+from kernels.simd import LANES, ROUNDS, out_of_line, row_max
+from kernels.tile import ROWS, columns
 
 QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
 KEYS = 128                                   # the most keys in a block
@@ -244,7 +254,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
     first = first_visible(visible)
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     lowest, scale = norms.dtype.type(-math.inf), norms.dtype.type(1 / math.sqrt(depth))
-    deep = steps(depth, paired)
+    deep = elements(depth, paired)
     for j in range(0, keys, tile):
         pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
                    key_panels, j * deep, tile, paired)
@@ -275,7 +285,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
                     drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             if paired is not None:
                 pair_rows(scores, rows)
-            multiply_rows(scores, block, values, steps(j0, paired) * padded, sums, 0, padded,
+            multiply_rows(scores, block, values, elements(j0, paired) * padded, sums, 0, padded,
                           rows, count, tile, diagonal, paired)
         for i in range(rows):
             norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
@@ -378,7 +388,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
         for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
             pair_columns(x.reshape(-1), 0, padded, padded, time, pairs, 0, padded)
             pair_rows(x, time)
-    deep = steps(depth, paired)
+    deep = elements(depth, paired)
     for j0 in range(0, keys, block):
         count = min(block, keys - j0)
         key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
@@ -418,7 +428,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
             multiply_rows(dscores, block_rows, key_block, 0, dqueries, at, padded,
                           rows, count, tile, diagonal, paired)
             if paired is not None:
-                at = steps(i0, paired) * padded
+                at = elements(i0, paired) * padded
                 multiply_columns(weight_pairs, block_rows, dout_pairs, at, dvalues, padded,
                                  rows, count, tile, diagonal, paired)
                 multiply_columns(dscore_pairs, block_rows, query_pairs, at, dkeys, padded,
@@ -450,102 +460,6 @@ def inner(x, y):
     for d in range(y.size):
         total += x[d] * y[d]
     return total
-
-
-# ---- products of a block of queries, i < rows, and of keys, j < count, of which j <= i + diagonal count ----
-# paired: unless None, of pairs of bfloat16, from `pair_rows` and `pair_columns`; C is float32
-
-@helper
-def steps(n, paired):
-    """Elements, or pairs, that n values make."""
-    return n if paired is None else (n + 1) // 2
-
-
-@mover
-def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal,
-                    paired):
-    """C[i, j] = a_i · column j of the panels, of so many elements or pairs."""
-    out_of_line()
-    for j in range(0, count, tile):
-        for i in range(0, rows, ROWS):
-            if j < i + ROWS + diagonal:
-                register_tile(c, address(a, a_start + i * a_row), a_row, 1,
-                              address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, 0, 0, True, paired is not None)
-
-
-@mover
-def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal, paired):
-    """c_i += Σ_j A[i, j] b_j, for rows of width."""
-    out_of_line()
-    for i in range(0, rows, ROWS):
-        n = min(count, i + ROWS + diagonal)
-        for d in range(0, width, tile):
-            if n > 0:
-                to = address(c, c_start + i * width + d)
-                register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              to, width, steps(n, paired), to, width, True, paired is not None)
-
-
-@mover
-def multiply_columns(a, a_row, b, b_start, c, width, rows, count, tile, diagonal, paired):
-    """c_j += Σ_i A[i, j] b_i, for rows of width."""
-    out_of_line()
-    for j in range(0, count, ROWS):
-        first = max(0, j - diagonal)                     # earlier queries do not see these keys
-        first, last = first if paired is None else first // 2, steps(rows, paired)
-        for d in range(0, width, tile):
-            if first < last:
-                to = address(c, j * width + d)
-                register_tile(c, address(a, first * a_row + j), 1, a_row,
-                              address(b, b_start + first * width + d), width,
-                              to, width, last - first, to, width, True, paired is not None)
-
-
-@mover
-def pack_panel(x, start, stride, count, depth, to, to_start, width, paired):
-    """See `kernels.pack`."""
-    out_of_line()
-    if paired is not None:
-        pair_transposed(x, start, stride, count, depth, to, to_start, width)
-    else:
-        pack_transposed(x, start, stride, count, depth, to, to_start, width)
-
-
-@mover
-def pair_rows(x, count):
-    """The first rows of x (., n) as pairs, in the first halves of their places."""
-    out_of_line()
-    for i in range(count):
-        pair_row(x[i], x[i])
-
-
-@mover
-def pack_rows(x, start, stride, count, depth, scale, visible, to):
-    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth.
-
-    visible: which rows to take, the others are zero; empty for all.
-    """
-    out_of_line()
-    for i in range(len(to)):
-        row = to[i]
-        if i < count and (visible.size == 0 or visible[i]):
-            x_i = x[start + i * stride:start + i * stride + depth]
-            for d in range(depth):
-                row[d] = x_i[d] * scale
-            row[depth:] = 0
-        else:
-            row[:] = 0
-
-
-@mover
-def unpack_rows(x, count, depth, scale, to, start, stride):
-    """The way back: to_i[d] = scale x[i, d]."""
-    out_of_line()
-    for i in range(count):
-        row, to_i = x[i], to[start + i * stride:start + i * stride + depth]
-        for d in range(depth):
-            to_i[d] = row[d] * scale
 
 
 @mover

@@ -44,7 +44,8 @@ BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, i
                             # 512 x 384 pairs on a tile unit
 GROUP = 4                   # register tiles of A that are copied at a time
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-PAD = 16                    # and the rows of their copies are so many elements apart that they do not
+PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
+                            # too, for the last vector that `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
@@ -62,11 +63,11 @@ _state = _State()
 
 
 def set_matmul_precision(precision: str) -> None:
-    """How `matmul`, `linear_forward` and attention over many keys multiply float32 in this thread: "highest"
-    in float32, "bf16" with operands rounded to bfloat16 (relative error up to 2**-8 of each product).
+    """How `matmul`, `linear_forward` and attention multiply float32 in this thread: "highest" in float32,
+    "bf16" with operands rounded to bfloat16 (relative error up to 2**-8 of each product).
 
-    Sums are float32 either way; float64 and column sums are as always. RuntimeError where the CPU has no such
-    products.
+    Sums are float32 either way; float64 and column sums are as always, as is attention of fewer than 192
+    keys, under a mask, or on a CPU with a tile unit. RuntimeError where there are no such products.
     """
     if precision not in ("highest", "bf16"):
         raise ValueError(f"set_matmul_precision: precision is {precision!r}; it must be 'highest' or 'bf16'")

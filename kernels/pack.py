@@ -90,33 +90,31 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
     row, or beyond the end, if the width is not a multiple of theirs.
     """
     out_of_line()
-    by_vectors = count if ROUNDS else 0
     for p in range((depth + 1) // 2):
-        prefetch_columns(x, start + (2 * p + AHEAD) * stride)
-        prefetch_columns(x, start + (2 * p + 1 + AHEAD) * stride)
-        low = x[start + 2 * p * stride:start + 2 * p * stride + count]
-        panel = to[to_start + p * width:to_start + (p + 1) * width]
-        if 2 * p + 1 < depth:
-            high = x[start + (2 * p + 1) * stride:start + (2 * p + 1) * stride + count]
-            for j in range(0, by_vectors, LANES):
-                first, of_panel = start + 2 * p * stride + j, to_start + p * width + j
-                if by_vectors - j >= LANES:
-                    round_interleaved(x, first, first + stride, to, of_panel, LANES)
-                else:
-                    round_interleaved(x, first, first + stride, to, of_panel, by_vectors - j)
-            for j in range(by_vectors, count):
-                panel[j] = pair(low[j], high[j])
+        low, high, panel = start + 2 * p * stride, start + (2 * p + 1) * stride, to_start + p * width
+        prefetch_columns(x, low + AHEAD * stride)
+        prefetch_columns(x, high + AHEAD * stride)
+        if 2 * p + 1 == depth:
+            for j in range(count):
+                to[panel + j] = pair(x[low + j], np.float32(0))
+        elif ROUNDS:
+            whole = count // LANES * LANES
+            for j in range(0, whole, LANES):
+                round_interleaved(x, low + j, high + j, to, panel + j, LANES)
+            if whole < count:
+                round_interleaved(x, low + whole, high + whole, to, panel + whole, count - whole)
         else:
             for j in range(count):
-                panel[j] = pair(low[j], np.float32(0))
-        panel[count:] = 0
+                to[panel + j] = pair(x[low + j], x[high + j])
+        to[panel + count:panel + width] = 0
 
 
 @mover
 def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     """As `pair_columns` for panels side by side, size apart in `to`, so that a row of x is read once for all.
 
-    Where ROUNDS, for an even depth and panels no wider than a vector.
+    Where ROUNDS, for an even depth and panels no wider than a vector; the last vector of a panel may reach
+    beyond depth / 2 * width elements, for which `size` leaves room.
     """
     out_of_line()
     for p in range(depth // 2):

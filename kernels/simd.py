@@ -149,7 +149,8 @@ def _rounding(interleaved):
     the first side by side, then those of the second; or, interleaved, each with its like of the second. Of
     each only `count` elements are read, zeros stand for the others; all pairs are written.
 
-    Where ROUNDS; what is below the smallest normal number becomes 0, as the products take it anyway.
+    Where ROUNDS; what is below the smallest normal number becomes 0 (`pack.pair` keeps it, and the products
+    take it for 0, unless it rounds to that number).
     """
     @intrinsic
     def round_vectors(typing, x, first, second, to, to_start, count):

@@ -55,22 +55,27 @@ def test_hold_is_the_share_at_the_full_rate():
     assert np.allclose(rates[50:], np.linspace(config.lr, config.min_lr, 51)[:-1])    # then linear
 
 
+@pytest.mark.parametrize("hold", [0.0, 0.5])
 @pytest.mark.parametrize("step_seconds", [0.1, 0.7])
-def test_by_the_clock_it_is_the_same_curve_over_the_time(step_seconds):
+def test_by_the_clock_it_is_the_same_curve_over_the_time(step_seconds, hold):
     """A first step that took 20 s to compile, one second for each evaluation, two minutes in all."""
-    config = Config(steps=1000, warmup=100, minutes=2)
+    config = Config(steps=1000, warmup=100, minutes=2, hold=hold)
     progress = Progress()
     schedule = Schedule(config, progress, 0)
-    rates = []
+    rates, times = [], []
     while not schedule.over():
         rates.append(schedule.lr())
+        times.append(progress.seconds)
         progress.after_step(1.0, 1.0, rates[-1], step_seconds if progress.step else 20.0)
         if progress.step % 50 == 0:
             progress.after_evaluation(1.0, 1.0, 1.0, 64)
     progress.after_evaluation(1.0, 1.0, 1.0, 64)
     assert 120 - 1 <= progress.seconds <= 120 + step_seconds
     top = int(np.argmax(rates))
-    assert max(rates) == pytest.approx(config.lr, rel=0.05) and rates[-1] < config.min_lr * 1.1
+    assert max(rates) == pytest.approx(config.lr, rel=0.05) and rates[-1] < config.min_lr + 0.02 * config.lr
+    if hold:
+        held = [at for at, rate in zip(times, rates, strict=True) if rate == config.lr]
+        assert held[-1] == pytest.approx(20 + hold * 99, abs=2)
     assert top * step_seconds == pytest.approx(0.1 * 99, abs=2), "warm-up is a tenth of the time"
     assert (np.diff(rates[:top]) >= 0).all() and (np.diff(rates[top:]) <= 0).all()
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import memory
 from kernels.cpu import TARGET
 from kernels.simd import ROUNDS
 
@@ -73,3 +74,13 @@ def bf16_attention(bf16, monkeypatch):
     if not ROUNDS or TARGET.tiles:
         pytest.skip(f"{TARGET.name}: attention is in float32")
     monkeypatch.setattr("kernels.attention.MANY_KEYS", 1)
+
+
+@pytest.fixture
+def poison():
+    """A function that fills all free buffers with NaNs."""
+    def fill():
+        for buffers in memory._free.values():
+            for buffer in buffers:
+                buffer[:] = len(buffer) * b"\xff"
+    return fill

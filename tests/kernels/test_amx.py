@@ -107,6 +107,11 @@ gram = symmetric_matmul(x, x, transpose_b=True, scale=0.5, shift=2.0)
 close(gram, 0.5 * rounded(x) @ rounded(x).swapaxes(1, 2) + 2 * np.eye(90))
 assert np.array_equal(gram, gram.swapaxes(1, 2))
 done = len(calls)
+qkv = normal(1, 200, 24)
+out = kernels.attention_forward(qkv, 1)[0]
+kernels.set_matmul_precision("highest")
+assert np.array_equal(kernels.attention_forward(qkv, 1)[0], out) and len(calls) == done
+kernels.set_matmul_precision("bf16")
 close(kernels.matmul(a, b, exact=True), a.astype(np.float64) @ b)
 a, b = a.astype(np.float64), b.astype(np.float64)
 assert np.abs(kernels.matmul(a, b) - a @ b).max() < 1e-12 and len(calls) == done

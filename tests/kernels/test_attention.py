@@ -10,6 +10,9 @@ import pytest
 
 import kernels
 from kernels import memory
+from kernels.attention import MANY_KEYS
+from kernels.cpu import TARGET
+from kernels.simd import ROUNDS
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
@@ -132,18 +135,42 @@ def test_bf16_same_bits_on_one_and_two_threads(causal, bf16_attention, one_and_t
 
 
 @CAUSAL
-def test_bf16_leaves_nothing_in_the_scratch(causal, bf16_attention, same_bits):
+def test_bf16_never_reads_what_it_has_not_written(causal, bf16_attention, poison, same_bits):
     qkv, dout = normal(1, 33, 3 * 17, dtype=np.float32), normal(1, 33, 17, dtype=np.float32)
 
     def run():
         out, norms = kernels.attention_forward(qkv, 1, causal)
         return out, norms, kernels.attention_backward(dout, qkv, out, norms, 1, causal)
-    first = run()
-    nan = np.full((1, 127, 3 * 64), np.nan, np.float32)
-    out, norms = kernels.attention_forward(nan, 1, causal)
-    kernels.attention_backward(out, nan, out, norms, 1, causal)
+    first = tuple(x.copy() for x in run())
+    poison()
     same_bits(run(), first)
     assert np.isfinite(np.concatenate([x.reshape(-1) for x in first])).all()
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_bf16_rounds_values_to_nearest_even(time, bf16_attention, same_bits):
+    """Equal weights are exact, and so are sums of whole numbers, once the values are rounded."""
+    depth = 33
+    qkv = np.zeros((1, time, 3 * depth), np.float32)
+    qkv[..., 2 * depth:] = np.random.default_rng(time).integers(256, 512, (1, time, depth))
+    out, _ = kernels.attention_forward(qkv, 1, causal=False)
+    kernels.set_matmul_precision("highest")
+    rounded, _ = kernels.attention_forward(2 * np.rint(qkv / 2), 1, causal=False)      # eight bits: two apart
+    same_bits([out], [rounded])
+
+
+def test_bf16_is_of_every_gradient_of_many_keys(bf16):
+    for time in (MANY_KEYS - 1, MANY_KEYS):
+        qkv, dout = normal(1, time, 3 * 32, dtype=np.float32), normal(1, time, 32, dtype=np.float32)
+        kernels.set_matmul_precision("highest")
+        out, norms = kernels.attention_forward(qkv, 1)
+        exact = kernels.attention_backward(dout, qkv, out, norms, 1)
+        kernels.set_matmul_precision("bf16")
+        rounded = kernels.attention_backward(dout, qkv, out, norms, 1)
+        coarse = time == MANY_KEYS and ROUNDS and not TARGET.tiles
+        for part in range(0, 3 * 32, 32):
+            assert (exact[..., part:part + 32] != rounded[..., part:part + 32]).any() == coarse
+        assert (kernels.attention_forward(qkv, 1)[0] != out).any() == coarse
 
 
 @pytest.mark.parametrize("p", [0.5, 0.95])
@@ -195,15 +222,11 @@ def test_no_gradient_reaches_a_later_token(dtype):
 
 @BOTH
 @CAUSAL
-def test_nothing_of_an_earlier_call_is_left_in_the_scratch(dtype, causal, close, same_bits):
-    qkv = normal(1, 127, 3 * 64, dtype=dtype)
-    first = kernels.attention_forward(qkv, 1, causal)
-    check(close, 1, 3, 1, 5, dtype, causal)
-    same_bits(kernels.attention_forward(qkv, 1, causal), first)
-    qkv[:] = np.nan
-    out, norms = kernels.attention_forward(qkv, 1, causal)
-    kernels.attention_backward(out, qkv, out, norms, 1, causal)
-    check(close, 1, 49, 1, 33, dtype, causal)
+def test_what_has_not_been_written_is_not_read(dtype, causal, close, poison):
+    for time, depth in ((127, 64), (3, 5), (49, 33)):
+        check(close, 1, time, 1, depth, dtype, causal)
+        poison()
+        check(close, 1, time, 1, depth, dtype, causal)
 
 
 @BOTH

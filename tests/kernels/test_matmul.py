@@ -339,19 +339,21 @@ def test_bf16_in_symmetric_products(transpose, bf16, close):
 
 def test_bf16_same_bits_on_one_and_two_threads(bf16, one_and_two_threads, same_bits):
     a, b = normal(200, 700, dtype=np.float32), normal(700, 300, dtype=np.float32)
-    same_bits(*one_and_two_threads(lambda: [kernels.matmul(a, b)]))
+    columns = swapped(a)                                            # in groups of tiles
+    same_bits(*one_and_two_threads(lambda: [kernels.matmul(a, b), kernels.matmul(columns, b, True)]))
 
 
+@pytest.mark.parametrize(("k", "at"), [(35, 34), (36, 2), (36, 33)])     # alone, by vectors, behind them
 @pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF])
-def test_bf16_keeps_nan_and_infinity(bits, bf16):
+def test_bf16_keeps_nan_and_infinity(bits, k, at, bf16):
     """NaNs of which only low bits tell them from infinity too."""
     value = np.array([bits], np.uint32).view(np.float32)[0]
-    a, b = np.ones((17, 35), np.float32), np.ones((35, 40), np.float32)
-    a[3, 34] = value
-    for c in (product(a, b, False, False), product(a, b, True, True),
-              product(swapped(b), swapped(a), False, True).T):
+    a, b = np.ones((17, k), np.float32), np.ones((k, 40), np.float32)
+    a[3, at] = value
+    as_columns = [product(swapped(b), swapped(a), False, by_columns).T for by_columns in (False, True)]
+    for c in (product(a, b, False, False), product(a, b, True, True), *as_columns):
         np.testing.assert_array_equal(c[3], np.full(40, value))
-        assert np.all(np.delete(c, 3, 0) == 35)
+        assert np.all(np.delete(c, 3, 0) == k)
 
 
 def test_precision_is_a_threads_own_and_is_checked():
