@@ -6,8 +6,9 @@
 
 Each run is a process of its own, timed by the wall from its start to the moment when an evaluation has
 reached the loss and its checkpoint is on disk; ours is examples/train_shakespeare.py itself. Both sides
-evaluate the whole validation split in the same windows, at the same --evaluations places of their schedules
-(by default once, at the end), and pay for it; a run that ends above the loss says so. PyTorch's side is
+evaluate the same tokens in the same windows (the whole validation split, and the start of the training split)
+at the same --evaluations places of their schedules (by default once, at the end), and pay for it; a run that
+ends above the loss says so. PyTorch's side is
 tests/gpt/torch_peer.py with the recipe `classic`, fused AdamW and the same batches. Ours runs with compiled
 kernels on disk, and once more, cold, with an empty cache. Prints a JSON line for each run, then the ratio.
 """
@@ -106,6 +107,7 @@ def train_torch(config: Config, loss: float, out: Path) -> dict:
 
     from gpt.data import batch, find_text, split
     from gpt.tokenizer import CharTokenizer
+    from gpt.train import TRAIN_PART
     from minitensor.optim import warmup_cosine
     from tests.gpt import torch_peer
     text = find_text().text
@@ -119,30 +121,27 @@ def train_torch(config: Config, loss: float, out: Path) -> dict:
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": config.decay},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    losses = []
     for step in range(config.steps):
         pair = batch(train_ids, config.batch, config.context, config.seed, step)
         x, y = (torch.from_numpy(ids).long() for ids in pair)
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, config.steps, config.warmup, config.lr, config.min_lr)
-        value = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        value.backward()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(value.item())
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            val_loss = evaluate_torch(model, config, val_ids)
+            train_loss, val_loss = (evaluate_torch(model, config, ids)
+                                    for ids in (train_ids[:TRAIN_PART], val_ids))
             torch.save({"model": model.state_dict(), "step": step + 1}, out / "checkpoint.pt")
-            found = dict(step=step + 1, val_loss=round(val_loss, 4),
-                         train_loss=round(float(np.mean(losses)), 4), reached=val_loss <= loss)
-            losses = []
+            found = dict(step=step + 1, val_loss=round(val_loss, 4), train_loss=round(train_loss, 4),
+                         reached=val_loss <= loss)
             if found["reached"]:
                 break
     return found
 
 
-def evaluate_torch(model, config: Config, val_ids: np.ndarray) -> float:
+def evaluate_torch(model, config: Config, ids: np.ndarray) -> float:
     """As `gpt.train.evaluate`: the same windows, summed in float64."""
     import torch
 
@@ -150,12 +149,12 @@ def evaluate_torch(model, config: Config, val_ids: np.ndarray) -> float:
     total = 0.0
     model.eval()
     with torch.no_grad():
-        for pair in windows(val_ids, config.context, batch=max(1, 4096 // config.context)):
-            x, y = (torch.from_numpy(ids).long() for ids in pair)
+        for pair in windows(ids, config.context, batch=max(1, 4096 // config.context)):
+            x, y = (torch.from_numpy(tokens).long() for tokens in pair)
             losses = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
             total += losses.double().sum().item()
     model.train()
-    return total / (len(val_ids) - 1)
+    return total / (len(ids) - 1)
 
 
 # ---- ablations ---------------------------------------------------------------------------------------------
