@@ -57,6 +57,7 @@ from kernels.tile import ROWS, columns
 
 QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
 KEYS = 128                                   # the most keys in a block
+UNROLLED = 4 * LANES                         # keys that LLVM takes at a time in a loop over a row
 MANY_KEYS = 192                              # from here on products in bfloat16 pay: half way from 128 to 256
 
 
@@ -181,7 +182,7 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
         tile, padded, block = _blocks(depth, keys, q.dtype)
-        rows, block_rows = _round_up(time, QUERIES), _round_up(block, ROWS)
+        rows, block_rows = _round_up(time, QUERIES), _round_up(_round_up(block, ROWS), LANES)
         bf16 = _in_bf16(keys, q.dtype, sizes.mask)
         pairs, block_pairs = (rows // 2, QUERIES // 2 * block_rows + LANES) if bf16 else (0, 0)
         scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
@@ -317,21 +318,30 @@ def first_visible(visible):
 @helper
 def weigh(scores, n, tops, i, sums):
     """p = exp(s - m) for n keys, 0 for the others; tops carry m and Σ p of query i, earlier sums shrink."""
+    zero, seen = tops.dtype.type(0), np.int32(n)          # whose comparison takes one vector, not two
     m = max(tops[0, i], row_max(scores, 0, n))
-    base = m if m > -math.inf else tops.dtype.type(0)     # scores of -inf alone: exp(s - 0) is 0
-    total = tops.dtype.type(0)
-    for j in range(n):
-        e = exp(scores[j] - base)
+    base = m if m > -math.inf else zero                   # scores of -inf alone: exp(s - 0) is 0
+    total = zero
+    for j in range(read(n, scores.size, UNROLLED)):
+        e = exp(scores[j] - base) if np.int32(j) < seen else zero
         scores[j] = e
         total += e
-    scores[n:] = 0
     if m != tops[0, i]:
-        shrink = exp(tops[0, i] - base)
+        if tops[1, i] != zero:
+            shrink = exp(tops[0, i] - base)
+            tops[1, i] *= shrink
+            for d in range(sums.size):
+                sums[d] *= shrink
         tops[0, i] = m
-        tops[1, i] *= shrink
-        for d in range(sums.size):
-            sums[d] *= shrink
     tops[1, i] += total
+
+
+@helper
+def read(n, size, step):
+    """How many of a row's weights a product may read, of which n are not 0, in whole steps: the register tile
+    takes the row with others that see more keys.
+    """
+    return min(size, (n + ROWS + step - 1) // step * step)
 
 
 @helper
@@ -446,12 +456,13 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
 @helper
 def weigh_backward(weights, dscores, n, norm, delta):
     """p = exp(s - n), ds = p (dp - δ), in place of s and dp, for n keys; 0 for the others."""
-    for j in range(n):
-        p = exp(weights[j] - norm)
-        weights[j] = p
-        dscores[j] = p * (dscores[j] - delta)
-    weights[n:] = 0
-    dscores[n:] = 0
+    zero = weights.dtype.type(0)
+    for j0 in range(0, read(n, weights.size, LANES), LANES):
+        part, dpart = weights[j0:j0 + LANES], dscores[j0:j0 + LANES]
+        for j in range(LANES):
+            p = exp(part[j] - norm)
+            part[j] = p if j < n - j0 else zero
+            dpart[j] = p * (dpart[j] - delta) if j < n - j0 else zero
 
 
 @helper

@@ -30,7 +30,7 @@ def pack_columns(x, start, stride, count, depth, to, to_start, width):
     out_of_line()
     if count == width:
         for p in range(depth):
-            prefetch_columns(x, start + (p + AHEAD) * stride)
+            prefetch_columns(x, start + (p + AHEAD) * stride, False)
             copy_columns(x, start + p * stride, to, to_start + p * width)
     else:
         for p in range(depth):
@@ -92,8 +92,8 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
     out_of_line()
     for p in range((depth + 1) // 2):
         low, high, panel = start + 2 * p * stride, start + (2 * p + 1) * stride, to_start + p * width
-        prefetch_columns(x, low + AHEAD * stride)
-        prefetch_columns(x, high + AHEAD * stride)
+        prefetch_columns(x, low + AHEAD * stride, False)
+        prefetch_columns(x, high + AHEAD * stride, False)
         if 2 * p + 1 == depth:
             for j in range(count):
                 to[panel + j] = pair(x[low + j], np.float32(0))
@@ -120,8 +120,8 @@ def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     for p in range(depth // 2):
         low = start + 2 * p * stride
         for j in range(0, tiles * width, 2 * LANES):
-            prefetch_columns(x, low + AHEAD * stride + j)
-            prefetch_columns(x, low + (AHEAD + 1) * stride + j)
+            prefetch_columns(x, low + AHEAD * stride + j, False)
+            prefetch_columns(x, low + (AHEAD + 1) * stride + j, False)
         for tile in range(tiles):
             first = low + tile * width
             round_interleaved(x, first, first + stride, to, to_start + tile * size + p * width, width)

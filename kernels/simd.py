@@ -207,13 +207,17 @@ def prefetch(build, address, vectors, write):
 
 
 @intrinsic
-def prefetch_columns(typing, x, start):
-    """Ask for two vectors, the width of the register tile, before they are needed; start may lie beyond x."""
+def prefetch_columns(typing, x, start, write):
+    """Ask for two vectors, the width of the register tile, before they are read, or written; start may lie
+    beyond x.
+    """
     def generate(context, build, signature, args):
         data = context.make_array(signature.args[0])(context, build, args[0]).data
-        prefetch(build, build.gep(data, [args[1]]), 2, write=False)
+        for written in (False, True):
+            with build.if_then(args[2] if written else build.not_(args[2])):
+                prefetch(build, build.gep(data, [args[1]]), 2, written)
         return context.get_dummy_value()
-    return types.void(x, types.intp), generate
+    return types.void(x, types.intp, types.boolean), generate
 
 
 @intrinsic
