@@ -51,23 +51,11 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """
     parameters = _listed(parameters)
     norm = grad_norm(parameters)
-    _scale(parameters, clip_scale(norm, max_norm))
-    return norm
-
-
-def _scale(parameters: Iterable[Tensor], scale: float) -> None:
-    """Scale all gradients in place, if there is anything to do."""
+    scale = clip_scale(norm, max_norm)
     for p in parameters:
         if p.grad is not None and scale != 1:
             p.grad.data *= p.grad.dtype.type(scale)
-
-
-def _norm_and_scale(parameters: list[Tensor], max_norm: float | None) -> tuple[float | None, float]:
-    """The norm of all gradients and the factor that clips it; None and 1 if nothing is to be clipped."""
-    if max_norm is None:
-        return None, 1.0
-    norm = grad_norm(parameters)
-    return norm, clip_scale(norm, max_norm)
+    return norm
 
 
 def warmup_cosine(step: float, steps: int, warmup: int, lr: float, min_lr: float) -> float:
@@ -105,8 +93,38 @@ def _described(p: Any) -> str:
     return "the result of an op" if p.node is not None else "a Tensor without requires_grad"
 
 
-class _Optimizer:
-    """What the optimizers share: the parameters, the learning rate, and forgetting gradients."""
+class _Step:
+    """A step with clipping, of one optimizer or of several together."""
+
+    parameters: list[Tensor]
+    max_norm: float | None = None
+
+    def step(self) -> float | None:
+        """Update all parameters with a gradient; the gradients' norm before clipping, None without max_norm.
+
+        A norm that is not a finite number changes nothing: the caller sees it and finds all as it was. The
+        gradients themselves are not changed, they are scaled on their way into the update.
+        """
+        if self.max_norm is None:
+            self._update(1.0)
+            return None
+        norm = grad_norm(self.parameters)
+        if math.isfinite(norm):
+            self._update(clip_scale(norm, self.max_norm))
+        return norm
+
+    def _update(self, scale: float) -> None:
+        """The step, by gradients times scale."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for p in self.parameters:
+            p.grad = None
+
+
+class _Optimizer(_Step):
+    """One optimizer: its parameters and its learning rate."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
         name = type(self).__name__
@@ -123,11 +141,6 @@ class _Optimizer:
         if len({id(p) for p in self.parameters}) < len(self.parameters):
             raise ValueError(f"{name}: a parameter is listed twice; list each once, "
                              "as module.parameters() does")
-
-    def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
-        for p in self.parameters:
-            p.grad = None
 
 
 class SGD(_Optimizer):
@@ -148,12 +161,11 @@ class SGD(_Optimizer):
         self.momentum = momentum
         self.buffers: list[np.ndarray | None] = [None] * len(self.parameters)
 
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def _update(self, scale: float) -> None:
         for i, p in enumerate(self.parameters):
             if p.grad is None:
                 continue
-            g = p.grad.data
+            g = p.grad.data if scale == 1 else p.grad.dtype.type(scale) * p.grad.data
             if self.momentum:
                 before = self.buffers[i]
                 g = self.buffers[i] = g.copy() if before is None else self.momentum * before + g
@@ -197,14 +209,7 @@ class AdamW(_Optimizer):
         self.first = [np.zeros_like(p.data) for p in self.parameters]
         self.second = [np.zeros_like(p.data) for p in self.parameters]
 
-    def step(self) -> float | None:
-        """Update all parameters with a gradient; the gradients' norm before clipping, if there is any.
-
-        A norm that is not a finite number changes nothing: the caller sees it and finds all as it was.
-        """
-        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
-        if norm is not None and not math.isfinite(norm):
-            return norm
+    def _update(self, scale: float) -> None:
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
@@ -217,7 +222,6 @@ class AdamW(_Optimizer):
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
             _note_change(parameters)
-        return norm
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The moments, "first.0", "second.0" and so on, sharing memory, and "steps", those of each."""
@@ -263,11 +267,7 @@ class Muon(_Optimizer):
         self.momentum, self.weight_decay, self.max_norm = momentum, weight_decay, max_norm
         self.momenta = [np.zeros_like(p.data) for p in self.parameters]
 
-    def step(self) -> float | None:
-        """As `AdamW.step`."""
-        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
-        if norm is not None and not math.isfinite(norm):
-            return norm
+    def _update(self, scale: float) -> None:
         alike: dict[Any, list[int]] = {}                 # nearly always one group
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
@@ -278,7 +278,6 @@ class Muon(_Optimizer):
                          [self.momenta[i] for i in group], [self.parts[i] for i in group], self.lr,
                          self.momentum, self.weight_decay, scale)
             _note_change(parameters)
-        return norm
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The momenta by name: "momentum.0" and so on; memory is shared."""
@@ -292,7 +291,7 @@ class Muon(_Optimizer):
             array[...] = state[name]
 
 
-class Together:
+class Together(_Step):
     """Several optimizers as one: one norm clips all gradients, and one `lr`, that of the first, moves all
     learning rates in the proportion in which they began."""
 
@@ -303,6 +302,8 @@ class Together:
         self.parameters = [p for optimizer in self.optimizers for p in optimizer.parameters]
         if len({id(p) for p in self.parameters}) < len(self.parameters):
             raise ValueError("Together: two optimizers have the same parameter; give each to one")
+        if any(optimizer.max_norm is not None for optimizer in self.optimizers):
+            raise ValueError("Together: an optimizer has a max_norm of its own; give it to Together")
         self.factors = [optimizer.lr / self.optimizers[0].lr for optimizer in self.optimizers]
 
     @property
@@ -315,20 +316,9 @@ class Together:
         for optimizer, factor in zip(self.optimizers, self.factors, strict=True):
             optimizer.lr = lr * factor
 
-    def step(self) -> float | None:
-        """Clip the gradients in place and let each take its step; else as `AdamW.step`."""
-        norm, scale = _norm_and_scale(self.parameters, self.max_norm)
-        if norm is not None and not math.isfinite(norm):
-            return norm
-        _scale(self.parameters, scale)
+    def _update(self, scale: float) -> None:
         for optimizer in self.optimizers:
-            optimizer.step()
-        return norm
-
-    def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer._update(scale)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """What each optimizer's `state_dict` holds, with its number in front: "1.momentum.0" and so on."""

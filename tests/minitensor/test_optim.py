@@ -340,22 +340,23 @@ def test_muons_step_has_one_size_whatever_the_gradients():
 
 
 def test_together_clips_by_one_norm_and_moves_all_rates():
-    (first, second), (alone, other) = ([Tensor(x, requires_grad=True) for x in matrices(0)[:2]]
-                                       for _ in range(2))
-    adamw, muon = AdamW([first], 0.01), Muon([second], 0.04)
-    both = Together([adamw, muon], max_norm=0.5)
-    both.lr = 0.005
-    assert (adamw.lr, muon.lr, both.lr) == (0.005, 0.02, 0.005)
-    for p, q, g in zip((first, second), (alone, other), matrices(1)[:2], strict=True):
-        p.grad, q.grad = Tensor(g.copy()), Tensor(g.copy())
-    norm = clip_grad_norm([alone, other], 0.5)
-    assert both.step() == norm
-    AdamW([alone], 0.005).step()
-    Muon([other], 0.02).step()
-    np.testing.assert_array_equal(first.numpy(), alone.numpy())
-    np.testing.assert_array_equal(second.numpy(), other.numpy())
-    both.zero_grad()
-    assert first.grad is None and second.grad is None
+    ours, alone = ([Tensor(x, requires_grad=True) for x in matrices(0)[:3]] for _ in range(2))
+    adamw, muon, sgd = AdamW(ours[:1], 0.01), Muon(ours[1:2], 0.04), SGD(ours[2:], 0.1, momentum=0.9)
+    together = Together([adamw, muon, sgd], max_norm=0.5)
+    together.lr = 0.005
+    assert (adamw.lr, muon.lr, sgd.lr, together.lr) == (0.005, 0.02, 0.05, 0.005)
+    for p, q, g in zip(ours, alone, matrices(1)[:3], strict=True):
+        p.grad, q.grad = Tensor(g), Tensor(g.copy())
+    norm = clip_grad_norm(alone, 0.5)
+    assert together.step() == norm > 0.5
+    AdamW(alone[:1], 0.005).step()
+    Muon(alone[1:2], 0.02).step()
+    SGD(alone[2:], 0.05, momentum=0.9).step()
+    for p, q, g in zip(ours, alone, matrices(1)[:3], strict=True):
+        np.testing.assert_allclose(p.numpy(), q.numpy(), rtol=1e-13)
+        np.testing.assert_array_equal(p.grad.numpy(), g)              # scaled on their way, not in place
+    together.zero_grad()
+    assert all(p.grad is None for p in ours)
 
 
 @pytest.mark.parametrize("make", [
@@ -419,6 +420,7 @@ def test_what_muon_and_together_cannot_take_is_an_error():
                        (lambda: Muon([p, q], parts=[1]), "parts holds 1 numbers; there are 2"),
                        (lambda: Muon([p], momentum=1.0), r"momentum is 1.0; it must be in \[0, 1\)"),
                        (lambda: Together([]), "there must be an optimizer"),
+                       (lambda: Together([Muon([p], max_norm=1.0)]), "has a max_norm of its own"),
                        (lambda: Together([Muon([p], 0.0)]), "the first one's lr above 0"),
                        (lambda: Together([Muon([p]), AdamW([q, p])]), "have the same parameter")):
         with pytest.raises(ValueError, match=said):
