@@ -112,8 +112,9 @@ def rotary_row(x, heads, cos, sin, eps, y, scales):
             scale = inverse_rms(head, eps)
             scales[h] = scale
         rotate_head(head, scale, cos, sin, y[h * width:(h + 1) * width])
-    for j in range(2 * heads * width, x.size):
-        y[j] = x[j]
+    values, to = x[2 * heads * width:], y[2 * heads * width:]    # j from 0 on: else numba gathers
+    for j in range(values.size):
+        to[j] = values[j]
 
 
 @helper
@@ -131,7 +132,7 @@ def rotate_head(x, scale, cos, sin, y):
     for j in range(half):
         y[j] = scale * (x[j] * cos[j] - x[half + j] * sin[j])
         y[half + j] = scale * (x[half + j] * cos[j] + x[j] * sin[j])
-    for j in range(2 * half, x.size):                            # all of them, for no rotation
+    for j in range(0 if half else x.size):                       # no rotation
         y[j] = scale * x[j]
 
 
@@ -153,8 +154,9 @@ def rotary_row_backward(dy, y, scales, heads, cos, sin, dx):
         if scales.size:
             scale, mean = scales[h], mean_product(y[first:last], dy[first:last])
         rotate_head_back(dy[first:last], y[first:last], scale, mean, cos, sin, dx[first:last])
-    for j in range(2 * heads * width, dy.size):
-        dx[j] = dy[j]
+    dvalues, to = dy[2 * heads * width:], dx[2 * heads * width:]
+    for j in range(dvalues.size):
+        to[j] = dvalues[j]
 
 
 @helper
@@ -172,5 +174,5 @@ def rotate_head_back(dy, y, scale, mean, cos, sin, dx):
         first, second = dy[j] - y[j] * mean, dy[half + j] - y[half + j] * mean
         dx[j] = scale * (first * cos[j] + second * sin[j])
         dx[half + j] = scale * (second * cos[j] - first * sin[j])
-    for j in range(2 * half, dy.size):
+    for j in range(0 if half else dy.size):                      # no rotation
         dx[j] = scale * (dy[j] - y[j] * mean)
