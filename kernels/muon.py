@@ -120,11 +120,13 @@ def _gathered(gram: np.ndarray) -> np.ndarray:
 
 
 def _bracket(gram: np.ndarray) -> np.ndarray:
-    """S; gram stays as it is."""
-    shifted = memory.empty(gram.shape, gram.dtype)
-    shifted[...] = gram
-    shifted.reshape(len(gram), -1)[:, ::gram.shape[1] + 1] += gram.dtype.type(H)
-    return symmetric_matmul(shifted, shifted, exact=True, scale=C, shift=D)
+    """S; gram is shifted for that, and back."""
+    diagonals = gram.reshape(len(gram), -1)[:, ::gram.shape[1] + 1]
+    before = diagonals.copy()
+    diagonals += gram.dtype.type(H)
+    bracket = symmetric_matmul(gram, gram, exact=True, scale=C, shift=D)
+    diagonals[...] = before
+    return bracket
 
 
 @kernel
