@@ -8,7 +8,7 @@ Each run is a process of its own, timed by the wall from its start to the moment
 reached the loss and its checkpoint is on disk; ours is examples/train_shakespeare.py itself. Both sides
 evaluate the same tokens in the same windows (the whole validation split, and the start of the training split)
 at the same --evaluations places of their schedules (by default once, at the end), and pay for it; a run that
-ends above the loss says so. PyTorch's side is
+ends above the loss says so, and the last line how many of each side reached it. PyTorch's side is
 tests/gpt/torch_peer.py with the recipe `classic`, fused AdamW and the same batches. Ours runs with compiled
 kernels on disk, and once more, cold, with an empty cache. Prints a JSON line for each run, then the ratio.
 """
@@ -188,11 +188,11 @@ def compare(options: argparse.Namespace, changes: dict) -> None:
     with tempfile.TemporaryDirectory() as folder:                    # compile first, for the warm runs
         subprocess.run([*command(Path(folder), options.recipe, {}), *TINY], check=True,
                        stdout=subprocess.DEVNULL)
-    times: dict[str, list] = {}
+    runs: dict[str, list[dict]] = {}
 
     def note(side: str, found: dict) -> None:
         print(json.dumps({"side": side, "loss": options.loss, **found}), flush=True)
-        times.setdefault(side, []).append(found["seconds"] if found["reached"] else None)
+        runs.setdefault(side, []).append(found)
 
     for repeat in range(options.repeats):
         note("ours", run_ours(options.recipe, {**ours, "seed": options.seed + repeat}, options.loss, {}))
@@ -202,10 +202,11 @@ def compare(options: argparse.Namespace, changes: dict) -> None:
         with tempfile.TemporaryDirectory() as cache:
             note("ours, cold", run_ours(options.recipe, {**ours, "seed": options.seed}, options.loss,
                                         {"NUMBA_CACHE_DIR": cache}))
-    medians = {side: statistics.median(values) if all(values) else None for side, values in times.items()}
-    mine, theirs = medians["ours"], medians.get("torch")         # None: a run that ended above the loss
-    print(json.dumps({"recipe": options.recipe, "loss": options.loss, "seconds": medians,
-                      "ratio": round(theirs / mine, 2) if mine and theirs else None}))
+    medians = {side: statistics.median(run["seconds"] for run in found) for side, found in runs.items()}
+    reached = {side: sum(run["reached"] for run in found) for side, found in runs.items()}
+    ratio = round(medians["torch"] / medians["ours"], 2) if options.torch else None
+    print(json.dumps({"recipe": options.recipe, "loss": options.loss, "seconds": medians, "reached": reached,
+                      "of": options.repeats, "ratio": ratio}))
 
 
 def main() -> None:
