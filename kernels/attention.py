@@ -169,9 +169,9 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
         rows = _round_up(keys, block)
         scratch = _scratch(q.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, block),
                            (QUERIES, padded), (2, QUERIES))
-        forward = _attention_forward_bf16 if _in_bf16(keys, q.dtype, sizes.mask) else _attention_forward
-        launch(forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
-               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch)
+        launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
+               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch,
+               _paired(keys, q.dtype, sizes.mask))
     return out, norms
 
 
@@ -183,25 +183,27 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     if out.size and keys:
         tile, padded, block = _blocks(depth, keys, q.dtype)
         rows, block_rows = _round_up(time, QUERIES), _round_up(_round_up(block, ROWS), LANES)
-        bf16 = _in_bf16(keys, q.dtype, sizes.mask)
-        pairs, block_pairs = (rows // 2, QUERIES // 2 * block_rows + LANES) if bf16 else (0, 0)
+        paired = _paired(keys, q.dtype, sizes.mask)
+        pairs, block_pairs = (rows // 2, QUERIES // 2 * block_rows + LANES) if paired else (0, 0)
         scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
                            (block * depth,), (block * depth,), (block, padded),
                            (block_rows, padded), (block_rows, padded),
                            (QUERIES, block_rows), (QUERIES, block_rows),
                            (pairs * padded,), (pairs * padded,), (block_pairs,), (block_pairs,))
-        backward = _attention_backward_bf16 if bf16 else _attention_backward
-        launch(backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1), sizes.mask,
-               out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1), sizes.layout,
-               sizes.causal, dropout, (tile, padded, block), scratch)
+        launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
+               sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
+               sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch, paired)
 
 
-def _in_bf16(keys: int, dtype: np.dtype, mask: np.ndarray) -> bool:
-    """Are products in bfloat16? Not under a mask, on a tile unit, whose tiles are others, or of few keys,
-    where rounding costs what it saves.
+def _paired(keys: int, dtype: np.dtype, mask: np.ndarray) -> bool | None:
+    """True for products in bfloat16, else None: not under a mask, on a tile unit, whose tiles are others, or
+    of few keys, where rounding costs what it saves.
+
+    None and True, not False and True, are types of their own: numba compiles a kernel for each, without what
+    is not of the case.
     """
-    return (get_matmul_precision() == "bf16" and dtype == np.float32 and keys >= MANY_KEYS and not mask.size
-            and ROUNDS and not TARGET.tiles)
+    return True if (get_matmul_precision() == "bf16" and dtype == np.float32 and keys >= MANY_KEYS
+                    and not mask.size and ROUNDS and not TARGET.tiles) else None
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -224,24 +226,16 @@ def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...
 
 
 @kernel
-def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, tasks):
+def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, paired, tasks):
     for index in prange(tasks):
         task = np.int64(index)
         head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
-                     numba.get_thread_id(), None)
-
-
-@kernel
-def _attention_forward_bf16(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, tasks):
-    for index in prange(tasks):
-        task = np.int64(index)
-        head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
-                     numba.get_thread_id(), True)
+                     numba.get_thread_id(), paired)
 
 
 @helper
 def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread, paired):
-    """One head of one sequence. paired: True, or None, so that numba leaves out what is not of the case."""
+    """One head of one sequence. paired: as `_paired` has it."""
     limit, kept_scale, start_of_rows = dropout
     tile, padded, block = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
@@ -352,20 +346,11 @@ def scale_row(x, scale, to):
 
 @kernel
 def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, scratch,
-                        tasks):
+                        paired, tasks):
     for index in prange(tasks):
         task = np.int64(index)
         head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
-                      scratch, numba.get_thread_id(), None)
-
-
-@kernel
-def _attention_backward_bf16(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, scratch,
-                             tasks):
-    for index in prange(tasks):
-        task = np.int64(index)
-        head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
-                      scratch, numba.get_thread_id(), True)
+                      scratch, numba.get_thread_id(), paired)
 
 
 @helper
@@ -455,7 +440,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
 
 @helper
 def weigh_backward(weights, dscores, n, norm, delta):
-    """p = exp(s - n), ds = p (dp - δ), in place of s and dp, for n keys; 0 for the others."""
+    """p = exp(s - n), ds = p (dp - δ), in place of s and dp, for n keys; 0 for the others.
+
+    A vector at a time: of a whole row LLVM makes a loop for four, and another, of half vectors, for the rest.
+    """
     zero = weights.dtype.type(0)
     for j0 in range(0, read(n, weights.size, LANES), LANES):
         part, dpart = weights[j0:j0 + LANES], dscores[j0:j0 + LANES]

@@ -7,8 +7,8 @@ tiles that it sees nothing of are left out. paired: unless None, what is multipl
 from __future__ import annotations
 
 from kernels.jit import helper, mover
-from kernels.pack import AHEAD, pack_transposed, pair_row, pair_transposed
-from kernels.simd import LANES, address, out_of_line, prefetch_columns
+from kernels.pack import AHEAD, pack_transposed, pair_row, pair_transposed, prefetch_row
+from kernels.simd import address, out_of_line
 from kernels.tile import ROWS, register_tile
 
 
@@ -77,13 +77,6 @@ def pair_rows(x, count):
         pair_row(x[i], x[i])
 
 
-@helper
-def ask_for(x, start, depth, write):
-    """A row that comes soon: see `kernels.pack.AHEAD`."""
-    for d in range(0, depth, 2 * LANES):
-        prefetch_columns(x, start + d, write)
-
-
 @mover
 def pack_rows(x, start, stride, count, depth, scale, visible, to):
     """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth.
@@ -93,7 +86,7 @@ def pack_rows(x, start, stride, count, depth, scale, visible, to):
     out_of_line()
     for i in range(len(to)):
         row = to[i]
-        ask_for(x, start + (i + AHEAD) * stride, depth, False)
+        prefetch_row(x, start + (i + AHEAD) * stride, depth, False)
         if i < count and (visible.size == 0 or visible[i]):
             x_i = x[start + i * stride:start + i * stride + depth]
             for d in range(depth):
@@ -109,6 +102,6 @@ def unpack_rows(x, count, depth, scale, to, start, stride):
     out_of_line()
     for i in range(count):
         row, to_i = x[i], to[start + i * stride:start + i * stride + depth]
-        ask_for(to, start + (i + AHEAD) * stride, depth, True)
+        prefetch_row(to, start + (i + AHEAD) * stride, depth, True)
         for d in range(depth):
             to_i[d] = row[d] * scale

@@ -24,6 +24,13 @@ from kernels.simd import (
 AHEAD = 8         # rows far apart come from memory as if at random: each is asked for so many rows before
 
 
+@helper
+def prefetch_row(x, start, width, write):
+    """Ask for a row before it is read, or written."""
+    for j in range(0, width, 2 * LANES):
+        prefetch_columns(x, start + j, write)
+
+
 @mover
 def pack_columns(x, start, stride, count, depth, to, to_start, width):
     """A panel of B from rows of k: to[p, j] = x_p[j] if j < count else 0; x_p is x from start + p stride."""
@@ -119,9 +126,8 @@ def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     out_of_line()
     for p in range(depth // 2):
         low = start + 2 * p * stride
-        for j in range(0, tiles * width, 2 * LANES):
-            prefetch_columns(x, low + AHEAD * stride + j, False)
-            prefetch_columns(x, low + (AHEAD + 1) * stride + j, False)
+        prefetch_row(x, low + AHEAD * stride, tiles * width, False)
+        prefetch_row(x, low + (AHEAD + 1) * stride, tiles * width, False)
         for tile in range(tiles):
             first = low + tile * width
             round_interleaved(x, first, first + stride, to, to_start + tile * size + p * width, width)

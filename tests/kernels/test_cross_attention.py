@@ -42,42 +42,40 @@ def masks(batch, keys):
                 random & (np.arange(batch) > 0)[:, None])
 
 
+def check(close, sizes, dtype, causal, p, roundings, where, mask=None):
+    """Everything against the whole matrix."""
+    dout, q, kv = draw(*sizes, dtype)
+    arguments = sizes[3], causal, p, 5, mask
+    out, norms, dq, dkv = run(dout, q, kv, *arguments)
+    assert out.dtype == norms.dtype == dq.dtype == dkv.dtype == dtype
+    (expected, expected_norms), (size, norm_size) = cross_forward(q, kv, *arguments)
+    close(out, expected, size, roundings, where)
+    seeing = np.isfinite(expected_norms)
+    assert np.all(np.isneginf(norms[~seeing]))
+    close(norms[seeing], expected_norms[seeing], norm_size[seeing], roundings, where)
+    gradients, sizes_of = cross_backward(dout, q, kv, *arguments)
+    for result, value, size in zip((dq, dkv), gradients, sizes_of, strict=True):
+        close(result, value, size, roundings, where)
+
+
+def sizes_for(causal):
+    return [sizes for sizes in SIZES if not causal or sizes[1] <= sizes[2]]
+
+
 @BOTH
 @CAUSAL
 def test_equals_the_whole_matrix(dtype, causal, close):
-    for sizes in SIZES:
-        batch, time, keys, heads, depth = sizes
-        if causal and time > keys:
-            continue
-        dout, q, kv = draw(*sizes, dtype)
+    for sizes in sizes_for(causal):
+        batch, time, keys, _, depth = sizes
         for i, mask in enumerate(masks(batch, keys)):
-            p, where = 0.3 * (i % 2), f"{sizes}, mask {i}"
-            out, norms, dq, dkv = run(dout, q, kv, heads, causal, p, 5, mask)
-            assert out.dtype == norms.dtype == dq.dtype == dkv.dtype == dtype
-            (expected, expected_norms), (size, norm_size) = cross_forward(q, kv, heads, causal, p, 5, mask)
             roundings = 20 + np.sqrt(time + keys) + np.sqrt(depth)
-            close(out, expected, size, roundings, where)
-            seeing = np.isfinite(expected_norms)
-            assert np.all(np.isneginf(norms[~seeing]))
-            close(norms[seeing], expected_norms[seeing], norm_size[seeing], roundings, where)
-            gradients, sizes_of = cross_backward(dout, q, kv, heads, causal, p, 5, mask)
-            for result, value, size in zip((dq, dkv), gradients, sizes_of, strict=True):
-                close(result, value, size, roundings, where)
+            check(close, sizes, dtype, causal, 0.3 * (i % 2), roundings, f"{sizes}, mask {i}", mask)
 
 
 @CAUSAL
 def test_bf16_equals_the_whole_matrix(causal, bf16_attention, close):
-    for sizes in SIZES:
-        _, time, keys, heads, _ = sizes
-        if causal and time > keys:
-            continue
-        dout, q, kv = draw(*sizes, np.float32)
-        out, _, dq, dkv = run(dout, q, kv, heads, causal, 0.3, 5)
-        (expected, _), (size, _) = cross_forward(q, kv, heads, causal, 0.3, 5)
-        close(out, expected, size, BF16_ROUNDINGS, f"{sizes}")
-        gradients, sizes_of = cross_backward(dout, q, kv, heads, causal, 0.3, 5)
-        for result, value, size in zip((dq, dkv), gradients, sizes_of, strict=True):
-            close(result, value, size, BF16_ROUNDINGS, f"{sizes}")
+    for sizes in sizes_for(causal):
+        check(close, sizes, np.float32, causal, 0.3, BF16_ROUNDINGS, f"{sizes}")
 
 
 @CAUSAL
