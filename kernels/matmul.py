@@ -132,9 +132,10 @@ def _flat_batch(x: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None,
                    activation: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what it was before the activation.
+    """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what the activation's backward pass takes.
 
-    activation: None (both results are one array), "gelu", "gelu_tanh" or "relu2".
+    activation: None, "gelu", "gelu_tanh" or "relu2". For the GELUs the second result is what y was before,
+    else it is y itself.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear_forward: activation is {activation!r}; it must be None or one of "
@@ -143,12 +144,12 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
     check("linear_forward", "weight", weight, (None, x.shape[1]), like=x)
     if bias is not None:
         check("linear_forward", "bias", bias, weight.shape[:1], like=x)
-    before = memory.empty((len(x), len(weight)), x.dtype)
-    y = before if activation is None else memory.empty(before.shape, x.dtype)
+    kept = memory.empty((len(x), len(weight)), x.dtype)
+    y = kept if activation in (None, "relu2") else memory.empty(kept.shape, x.dtype)
     if y.size:
-        _product(x[None], weight[None], before[None], x.shape[1], False, True, bias,
+        _product(x[None], weight[None], kept[None], x.shape[1], False, True, bias,
                  None if activation is None else y[None], ACTIVATIONS.get(activation or "", GELU))
-    return y, before
+    return y, kept
 
 
 def column_sum(x: np.ndarray) -> np.ndarray:
@@ -185,8 +186,9 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
              mirrored=None):
     """c = op(a) @ op(b) + bias, activated = activation(c), all 3-D; a or b may have a batch of one.
 
-    exact: in the arrays' own precision, whatever `set_matmul_precision` says. mirrored: (scale, shift) of a
-    product that is symmetric, and has no bias.
+    activated: for "relu2" c itself, as its backward pass needs no more. exact: in the arrays' own precision,
+    whatever `set_matmul_precision` says. mirrored: (scale, shift) of a product that is symmetric, and has no
+    bias.
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
@@ -350,12 +352,13 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
 
 @helper
 def activate_block(c, activated, activation, i0, i1, j0, j1):
-    """The activation of rows i0 to i1 and columns j0 to j1, while they are in the cache."""
+    """The activation of rows i0 to i1 and columns j0 to j1, while they are in the cache; RELU2 in place."""
     for i in range(i0, i1):
+        row = c[i, j0:j1]
         if activation == RELU2:
-            relu2_row(c[i, j0:j1], activated[i, j0:j1])
+            relu2_row(row, row)
         else:
-            gelu_row(c[i, j0:j1], activated[i, j0:j1], activation == GELU_TANH)
+            gelu_row(row, activated[i, j0:j1], activation == GELU_TANH)
 
 
 @helper

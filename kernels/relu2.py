@@ -1,8 +1,13 @@
 """The squared rectifier, elementwise. Source: So et al. 2021 (Primer).
 
-    y = max(x, 0)²            dy/dx = 2 max(x, 0)
+    y = max(x, 0)²            dy/dx = 2 max(x, 0) = 2 √y
+
+The root of a square that was rounded once is the number itself to the bit, unless the square is too small or
+too large to be a normal number. So the backward pass needs y alone, which the next product keeps anyway.
 """
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numba import prange
@@ -20,12 +25,12 @@ def relu2_forward(x: np.ndarray) -> np.ndarray:
     return y
 
 
-def relu2_backward(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """dx, from the gradient and the input of the forward pass."""
+def relu2_backward(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """dx, from the gradient and the output of the forward pass."""
     check("relu2_backward", "dy", dy)
-    check("relu2_backward", "x", x, dy.shape, like=dy)
-    dx = memory.empty(x.shape, x.dtype)
-    launch(_relu2_backward, flat_tasks(x.size), dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
+    check("relu2_backward", "y", y, dy.shape, like=dy)
+    dx = memory.empty(y.shape, y.dtype)
+    launch(_relu2_backward, flat_tasks(y.size), dy.reshape(-1), y.reshape(-1), dx.reshape(-1))
     return dx
 
 
@@ -45,15 +50,15 @@ def relu2_row(x, y):
 
 
 @kernel
-def _relu2_backward(dy, x, dx, tasks):
+def _relu2_backward(dy, y, dx, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        first, last = x.size * task // tasks, x.size * (task + 1) // tasks
-        relu2_row_backward(dy[first:last], x[first:last], dx[first:last])
+        first, last = y.size * task // tasks, y.size * (task + 1) // tasks
+        relu2_row_backward(dy[first:last], y[first:last], dx[first:last])
 
 
 @helper
-def relu2_row_backward(dy, x, dx):
-    for i in range(x.size):
-        positive = x.dtype.type(0) if x[i] < 0 else x[i]
+def relu2_row_backward(dy, y, dx):
+    for i in range(y.size):
+        positive = math.sqrt(y[i])
         dx[i] = dy[i] * (positive + positive)

@@ -62,7 +62,7 @@ def linear(x, weight, bias=None, *, activation=None):
     _check_linear(x, weight)
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
     weight, bias = _plain(weight), None if bias is None else _plain(bias)
-    y, before = kernels.linear_forward(rows, weight, bias, activation and _known(activation))
+    y, kept = kernels.linear_forward(rows, weight, bias, activation and _known(activation))
     last: list[np.ndarray] = []                              # the gradient before the activation, made once
 
     def dbefore(g: np.ndarray) -> np.ndarray:
@@ -70,8 +70,8 @@ def linear(x, weight, bias=None, *, activation=None):
             return _rows(g)
         if not last or last[0] is not g:
             rows_of_g = _rows(g)
-            last[:] = [g, kernels.relu2_backward(rows_of_g, before) if activation == "relu2" else
-                       kernels.gelu_backward(rows_of_g, before, activation == "gelu_tanh")]
+            last[:] = [g, kernels.relu2_backward(rows_of_g, kept) if activation == "relu2" else
+                       kernels.gelu_backward(rows_of_g, kept, activation == "gelu_tanh")]
         return last[1]
 
     return y.reshape(shape), (lambda g: kernels.matmul(dbefore(g), weight).reshape(x.shape),
@@ -117,8 +117,8 @@ def _relu2_reference(x):
 @fused(reference=_relu2_reference)
 def relu2(x):
     """max(x, 0)², the squared ReLU."""
-    rows = _plain(x)
-    return kernels.relu2_forward(rows), lambda g: kernels.relu2_backward(_plain(g), rows)
+    y = kernels.relu2_forward(_plain(x))
+    return y, lambda g: kernels.relu2_backward(_plain(g), y)
 
 
 # The activations that `linear` knows, as their references.

@@ -159,8 +159,8 @@ CASES = [
            lambda dy, x, a=a: gelu_backward(dy, x, a), lambda dy, x: np.abs(dy) * (1 + x * x))
       for a in (False, True)),
     Case("relu2", K.relu2_forward, one, lambda x: np.maximum(x, 0)**2, lambda x: x * x),
-    Case("relu2 backward", K.relu2_backward, two, lambda dy, x: 2 * dy * np.maximum(x, 0),
-         lambda dy, x: np.abs(dy * x)),
+    Case("relu2 backward", lambda dy, x: K.relu2_backward(dy, np.maximum(x, 0)**2), two,
+         lambda dy, x: 2 * dy * np.maximum(x, 0), lambda dy, x: np.abs(dy * x)),
 ]
 NAMES = [case.name for case in CASES]
 
@@ -207,11 +207,21 @@ def test_layernorm_takes_eps(close):
 
 def test_gelu_takes_any_shape(same_bits):
     x = normal(2, 3, 5, 7)
-    for y in (K.gelu_forward(x), K.gelu_backward(x, x), K.relu2_forward(x), K.relu2_backward(x, x),
+    for y in (K.gelu_forward(x), K.gelu_backward(x, x), K.relu2_forward(x), K.relu2_backward(x, x * x),
               K.dropout(x, 0.5, 1)):
         assert y.shape == x.shape
     same_bits([K.gelu_forward(x).ravel()], [K.gelu_forward(x.ravel())])
     assert K.gelu_forward(np.array(1.0)).shape == ()
+
+
+@BOTH
+def test_relu2_knows_its_input_by_its_output_to_the_bit(dtype, same_bits):
+    bits = np.finfo(dtype)
+    small, large = np.log10(np.sqrt([bits.tiny, bits.max]))
+    scales = 10**np.random.default_rng(1).uniform(small + 5, large - 2, 20_000)
+    x = (normal(20_000) * scales).astype(dtype)
+    dy = normal(20_000, dtype=dtype, seed=2)
+    same_bits([K.relu2_backward(dy, K.relu2_forward(x))], [dy * (2 * np.maximum(x, 0))])
 
 
 # ---- NaN and infinity --------------------------------------------------------------------------------------
@@ -246,7 +256,8 @@ SPECIAL = [
     *((f"gelu backward, approximate {a}", lambda x, a=a: K.gelu_backward(x, x, a),
        lambda x, a=a: gelu_backward(x, x, a)) for a in (False, True)),
     ("relu2", K.relu2_forward, lambda x: np.maximum(x, 0)**2),
-    ("relu2 backward", lambda x: K.relu2_backward(np.ones_like(x), x), lambda x: 2 * np.maximum(x, 0)),
+    ("relu2 backward", lambda x: K.relu2_backward(np.ones_like(x), np.maximum(x, 0)**2),
+     lambda x: 2 * np.maximum(x, 0)),
     ("dropout", lambda x: K.dropout(x, 0.0, 1), lambda x: x),
 ]
 
@@ -579,7 +590,7 @@ ARGUMENTS = [
     (K.gelu_forward, {"x": X}, {}),
     (K.gelu_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
     (K.relu2_forward, {"x": X}, {}),
-    (K.relu2_backward, {"dy": X, "x": X}, {"x": [(3, 4), (12,)]}),
+    (K.relu2_backward, {"dy": X, "y": X}, {"y": [(3, 4), (12,)]}),
     (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
     (K.cross_entropy_forward, {"logits": X, "targets": IDS},
      {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
