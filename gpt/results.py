@@ -5,12 +5,14 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+from gpt import ahead
 from gpt.baselines import baselines
 from gpt.checkpoint import save_run
 from gpt.cli import writing
@@ -50,6 +52,7 @@ class Results:
                         disable=quiet or not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps{postfix}")
         self.compiled = 0
+        self.ahead: subprocess.Popen | None = None               # a second process that compiles kernels
         kernels.jit.compiling = self.compiling
         if self.began:
             self.keep_best()
@@ -61,6 +64,8 @@ class Results:
         if self.run.progress.step == self.began:                 # later it would cut an evaluation in two
             self.check_interruption()
         self.compiled += 1
+        if self.compiled == 1:
+            self.ahead = ahead.start(self.run.config, len(self.run.tokenizer), kernels.get_matmul_precision())
         if not self.bar.disable:
             self.bar.clear()
             print(f"\rcompiling kernels, once on this machine: {self.compiled:2} {name:<30}",
@@ -203,8 +208,11 @@ class Results:
         print(f"in {self.folder}: {', '.join(FILES)}")
 
     def close(self) -> None:
-        """Let go of the terminal."""
+        """Let go of the terminal, and end the second process if it still compiles."""
         self.bar.close()
+        if self.ahead is not None:
+            self.ahead.kill()
+            self.ahead.wait()
         kernels.jit.compiling = None
 
 

@@ -14,6 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:                                  # Windows: no process waits for another there
+    fcntl = None                                     # type: ignore[assignment]
+
 import numba
 import numpy as np
 from numba.core import caching
@@ -24,10 +29,12 @@ from kernels import cpu
 # them; nor "arcp", which allows an approximate reciprocal that makes NaN of 1 / inf.
 SAFE_MATH = {"contract", "reassoc", "nsz"}
 
+PATIENCE = 60                                        # seconds to wait while another process compiles a kernel
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
 _config: Any = numba.config                          # its attributes are set at run time
 # numba's own threads, where there is neither OpenMP nor TBB, end the process if two Python threads call.
 _one_at_a_time: Any = threading.Lock() if _config.THREADING_LAYER == "workqueue" else contextlib.nullcontext()
+_planned: dict[tuple[Any, tuple], None] | None = None # what `compile_backwards` finds, in its order
 _started = _forked = False                           # have kernels run, here or in the process forked from
 
 
@@ -90,7 +97,7 @@ def max_threads() -> int:
     return _config.NUMBA_NUM_THREADS
 
 
-def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
+def launch(kernel: Any, tasks: int, *arguments: Any) -> None:
     """Run a kernel on its arguments and the number of its tasks, on no more threads than there are tasks.
 
     A thread without a task would be waited for too, and on a busy machine that is long: 5 us become 2 ms.
@@ -98,6 +105,9 @@ def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
     OpenMP ends such a process or hangs.
     """
     global _started
+    if _planned is not None:
+        _planned[kernel, tuple(map(kernel.typeof_pyval, (*arguments, tasks)))] = None
+        return
     if _forked:
         raise RuntimeError("kernels cannot run in a process that was forked after kernels had run; start it "
                            'with multiprocessing.get_context("spawn"), or fork before the first kernel')
@@ -115,6 +125,26 @@ def launch(kernel: Callable, tasks: int, *arguments: Any) -> None:
             kernel(*arguments, tasks)
         finally:
             numba.set_num_threads(threads)
+
+
+def compile_backwards(function: Callable[[], Any]) -> None:
+    """Compile the kernels that a function would run, the last one first, but for what another process is
+    compiling. The function runs without them, on whatever lies in the memory that they would have written.
+    """
+    global _planned
+    planned = _planned = {}
+    try:
+        function()
+    finally:
+        _planned = None
+    for kernel, types in reversed(planned):
+        if not (isinstance(kernel._cache, _Cache) and kernel._cache.taken()):
+            kernel.compile(types)
+
+
+def shares_work() -> bool:
+    """Can a second process compile kernels for this one? For that there must be a cache and another core."""
+    return fcntl is not None and cache_folder() is not None and max_threads() > 1
 
 
 def row_tasks(x: np.ndarray) -> int:
@@ -196,12 +226,21 @@ class _Implementation(caching.CompileResultCacheImpl):
 
 
 class _Cache(caching.FunctionCache):
+    """numba's cache of one kernel, and the lock of the process that compiles it: others wait for it."""
     _impl_class = _Implementation
+    _lock: Any = None                               # an open file; a lock ends with its file, or its process
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         found = super().load_overload(signature, context)
-        if found is None and compiling is not None:
-            compiling(self._py_func.__name__)
+        if found is None:
+            if compiling is not None:
+                compiling(self._py_func.__name__)
+            deadline = time.monotonic() + PATIENCE
+            while self.taken() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found = super().load_overload(signature, context)
+            if found is not None:
+                self._release()
         return found
 
     def save_overload(self, signature: Any, data: Any) -> None:
@@ -210,6 +249,27 @@ class _Cache(caching.FunctionCache):
         except OSError as error:
             self.disable()
             _warn_uncached(str(error))
+        finally:
+            self._release()
+
+    def taken(self) -> bool:
+        """Is another process compiling this kernel? If not, others see from now on that this one is."""
+        if fcntl is None:
+            return False
+        self._release()                             # it may have been interrupted while it compiled
+        try:
+            self._lock = open(Path(self.cache_path, f"{self._py_func.__name__}.lock"), "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:                             # a file system without locks
+            return False
+        return False
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 @functools.cache

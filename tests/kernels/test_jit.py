@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import jit
 
 ROOT = Path(kernels.__file__).parents[1]
 EVERY_KERNEL = Path(__file__).with_name("every_kernel.py")
@@ -109,6 +110,60 @@ def test_second_process_compiles_nothing(tmp_path, expected):
     for path in cache.rglob("*.nbc"):
         path.unlink()                                    # code that is gone is compiled again
     assert cheap(NUMBA_CACHE_DIR=str(cache)) == [expected, NAMES, [], source_hash]
+
+
+COUNT = """
+import json
+import numpy as np, kernels
+from kernels.adamw import _sum_of_squares
+kernels.sum_of_squares([np.ones(3, np.float32)])
+print(json.dumps([len(_sum_of_squares.stats.cache_misses), len(_sum_of_squares.stats.cache_hits)]))
+"""
+
+
+@pytest.mark.skipif(jit.fcntl is None, reason="no locks on this system: each process compiles for itself")
+def test_processes_that_start_together_compile_once(tmp_path):
+    processes = [start(["-c", COUNT], NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(3)]
+    assert sorted(map(result, processes)) == [[0, 1], [0, 1], [1, 0]]
+
+
+@pytest.mark.skipif(jit.fcntl is None, reason="no locks on this system: each process compiles for itself")
+def test_waits_for_no_process_for_ever(tmp_path):
+    lock = tmp_path / f"kernels-{jit.source_hash()}" / "_sum_of_squares.lock"
+    lock.parent.mkdir()
+    with open(lock, "w") as file:
+        jit.fcntl.flock(file, jit.fcntl.LOCK_EX)
+        impatient = COUNT.replace("import json", "import json; from kernels import jit; jit.PATIENCE = 0.1")
+        assert run(["-c", impatient], NUMBA_CACHE_DIR=str(tmp_path)) == [1, 0]
+
+
+BACKWARDS = """
+import json
+import numpy as np, kernels
+from kernels import jit
+compiled, x = [], np.full(5000, 2.0)
+jit.compiling = compiled.append
+def function():
+    y = kernels.gelu_forward(x)
+    kernels.sum_of_squares([x])
+    kernels.gelu_backward(x, y)
+    kernels.gelu_forward(x)
+jit.compile_backwards(function)
+def failing():
+    kernels.gelu_forward(x)
+    raise ValueError
+try:
+    jit.compile_backwards(failing)
+except ValueError:
+    pass
+before = compiled.copy()
+print(json.dumps([before, kernels.sum_of_squares([x]), compiled]))
+"""
+
+
+def test_compile_backwards_compiles_from_the_last_and_runs_nothing(tmp_path):
+    names = ["_gelu_backward", "_sum_of_squares", "_gelu_forward"]
+    assert run(["-c", BACKWARDS], NUMBA_CACHE_DIR=str(tmp_path)) == [names, 20_000.0, names]
 
 
 def test_a_changed_file_never_runs_stale_code(package, tmp_path, expected):
