@@ -48,15 +48,15 @@ from kernels.blocks import (
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
-from kernels.elementary import exp
+from kernels.elementary import exp_below
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.matmul import get_matmul_precision
 from kernels.pack import pair_columns
 from kernels.simd import LANES, ROUNDS, out_of_line, row_max
 from kernels.tile import ROWS, columns
 
-QUERIES = -(-64 // ROWS) * ROWS              # queries in a block: whole register tiles
-KEYS = 128                                   # the most keys in a block
+QUERIES = 42                                 # queries in a block: whole register tiles of 14 rows and of 6
+KEYS = 288                                   # the most keys in a block; rows of 256 would share cache sets
 UNROLLED = 4 * LANES                         # keys that LLVM takes at a time in a loop over a row
 MANY_KEYS = 192                              # from here on products in bfloat16 pay: half way from 128 to 256
 
@@ -312,17 +312,18 @@ def first_visible(visible):
 @helper
 def weigh(scores, n, tops, i, sums):
     """p = exp(s - m) for n keys, 0 for the others; tops carry m and Σ p of query i, earlier sums shrink."""
-    zero, seen = tops.dtype.type(0), np.int32(n)          # whose comparison takes one vector, not two
+    zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
+    seen = np.int32(n)                                    # whose comparison takes one vector, not two
     m = max(tops[0, i], row_max(scores, 0, n))
     base = m if m > -math.inf else zero                   # scores of -inf alone: exp(s - 0) is 0
     total = zero
     for j in range(read(n, scores.size, UNROLLED)):
-        e = exp(scores[j] - base) if np.int32(j) < seen else zero
+        e = exp_below(scores[j] - base if np.int32(j) < seen else lowest)
         scores[j] = e
         total += e
     if m != tops[0, i]:
         if tops[1, i] != zero:
-            shrink = exp(tops[0, i] - base)
+            shrink = exp_below(tops[0, i] - base)
             tops[1, i] *= shrink
             for d in range(sums.size):
                 sums[d] *= shrink
@@ -444,13 +445,13 @@ def weigh_backward(weights, dscores, n, norm, delta):
 
     A vector at a time: of a whole row LLVM makes a loop for four, and another, of half vectors, for the rest.
     """
-    zero = weights.dtype.type(0)
+    zero, lowest = weights.dtype.type(0), weights.dtype.type(-math.inf)
     for j0 in range(0, read(n, weights.size, LANES), LANES):
         part, dpart = weights[j0:j0 + LANES], dscores[j0:j0 + LANES]
         for j in range(LANES):
-            p = exp(part[j] - norm)
-            part[j] = p if j < n - j0 else zero
-            dpart[j] = p * (dpart[j] - delta) if j < n - j0 else zero
+            p = exp_below(part[j] - norm if j < n - j0 else lowest)
+            part[j] = p
+            dpart[j] = p * (dpart[j] - delta if j < n - j0 else zero)
 
 
 @helper

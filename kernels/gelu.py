@@ -14,11 +14,9 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check
-from kernels.elementary import erf, exp, tanh
+from kernels.elementary import normal_cdf, normal_pdf, tanh
 from kernels.jit import flat_tasks, helper, kernel, launch
 
-HALF_ROOT = math.sqrt(0.5)                   # 1 / √2
-DENSITY = 1 / math.sqrt(2 * math.pi)         # φ(0)
 SLOPE, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -56,7 +54,7 @@ def gelu_row(x, y, approximate):
             y[i] = real(0.5) * x[i] * (real(1) + tanh(u))
     else:
         for i in range(x.size):
-            y[i] = real(0.5) * x[i] * (real(1) + erf(x[i] * real(HALF_ROOT)))
+            y[i] = x[i] * normal_cdf(x[i])
 
 
 @kernel
@@ -78,5 +76,4 @@ def gelu_row_backward(dy, x, approximate, dx):
             dx[i] = dy[i] * real(0.5) * (real(1) + t + x[i] * (real(1) - t * t) * du)
     else:
         for i in range(x.size):
-            below = real(0.5) * (real(1) + erf(x[i] * real(HALF_ROOT)))
-            dx[i] = dy[i] * (below + x[i] * real(DENSITY) * exp(real(-0.5) * x[i] * x[i]))
+            dx[i] = dy[i] * (normal_cdf(x[i]) + x[i] * normal_pdf(x[i]))

@@ -244,8 +244,13 @@ def row_max(typing, x, start, n):
             keep(best, build.load(build.bitcast(at, vector.as_pointer()), align=size))
         with cgutils.for_range(build, n, start=build.mul(whole, ir.Constant(INDEX, lanes))) as step:
             keep(largest, build.load(build.gep(data, [step.index])))
-        for lane in range(lanes):
-            keep(largest, build.extract_element(build.load(best), ir.Constant(I32, lane)))
+        half, value = lanes // 2, build.load(best)
+        while half:                                    # the larger of two halves, until one lane is left
+            order = [ir.Constant(ir.VectorType(I32, half), list(range(k, k + half))) for k in (0, half)]
+            low, high = (build.shuffle_vector(value, value, lanes_of) for lanes_of in order)
+            value = build.select(build.fcmp_ordered(">", low, high), low, high)
+            half //= 2
+        keep(largest, build.extract_element(value, ir.Constant(I32, 0)))
         return build.load(largest)
 
     return x.dtype(x, types.intp, types.intp), generate

@@ -1,4 +1,4 @@
-"""exp, tanh and erf in a compiled loop: to two units in the last place, the C library's in float64."""
+"""exp, tanh, erf and the normal distribution in a compiled loop; in float64 they are the C library's."""
 import math
 
 import numpy as np
@@ -26,8 +26,34 @@ def erf_loop(x, y):
         y[i] = elementary.erf(x[i])
 
 
+@helper
+def exp_below_loop(x, y):
+    for i in range(x.size):
+        y[i] = elementary.exp_below(x[i])
+
+
+@helper
+def cdf_loop(x, y):
+    for i in range(x.size):
+        y[i] = elementary.normal_cdf(x[i])
+
+
+@helper
+def pdf_loop(x, y):
+    for i in range(x.size):
+        y[i] = elementary.normal_pdf(x[i])
+
+
 def math_erf(x):
     return np.vectorize(math.erf, otypes=[np.float64])(x)
+
+
+def normal_cdf(x):
+    return 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2))
+
+
+def normal_pdf(x):
+    return np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
 FUNCTIONS = pytest.mark.parametrize(("loop", "exact"),
@@ -63,7 +89,8 @@ def test_float32_is_within_two_units(loop, exact):
         assert ulps(apply(loop, x), expected, np.float32).max() <= 2
 
 
-@FUNCTIONS
+@pytest.mark.parametrize(("loop", "exact"), [
+    (exp_loop, np.exp), (tanh_loop, np.tanh), (erf_loop, math_erf), (exp_below_loop, np.exp)])
 def test_float64_is_the_c_library(loop, exact):
     for x in (np.linspace(-745, 709.7, 100_001), np.linspace(-5, 5, 100_001), np.linspace(-1e-9, 1e-9, 1001)):
         assert ulps(apply(loop, x), exact(x), np.float64).max() <= 2
@@ -89,6 +116,40 @@ def test_float32_exp_reaches_the_subnormals():
     y = apply(exp_loop, x)
     np.testing.assert_allclose(y, np.exp(x.astype(np.float64)).astype(np.float32), atol=2 * TINY)
     assert (y[:-1] > 0).all() and y[-1] == 0
+
+
+def test_float32_exp_below_is_within_two_units_and_then_zero():
+    x = np.concatenate([np.linspace(-87.3, 0, 1_000_001), np.linspace(-1, 88, 200_001)]).astype(np.float32)
+    assert ulps(apply(exp_below_loop, x), np.exp(x.astype(np.float64)), np.float32).max() <= 2
+    tiny = apply(exp_below_loop, np.linspace(-88, -87.4, 1001, dtype=np.float32))
+    assert (tiny >= 0).all() and tiny.max() < np.finfo(np.float32).tiny
+    below = np.array([-88, -90, -103, -1e4, -1e30, -HUGE, -INF, NAN], np.float32)
+    np.testing.assert_array_equal(apply(exp_below_loop, below), [0] * 7 + [NAN])
+
+
+@pytest.mark.parametrize(("loop", "exact"), [(cdf_loop, normal_cdf), (pdf_loop, normal_pdf)])
+def test_float32_normal_distribution(loop, exact):
+    x = np.linspace(-40, 40, 1_000_001, dtype=np.float32)
+    y, expected = apply(loop, x), exact(x.astype(np.float64))
+    assert np.abs(y - expected).max() <= 1.2e-7                             # two units of the numbers below 1
+    near = np.abs(x) < 6
+    np.testing.assert_allclose(y[near], expected[near], rtol=5e-6)          # of the tails as well
+    assert (y[x > 6] <= 1).all() and (y >= 0).all()
+
+
+@pytest.mark.parametrize(("loop", "exact"), [(cdf_loop, normal_cdf), (pdf_loop, normal_pdf)])
+def test_float64_normal_distribution(loop, exact):
+    x = np.linspace(-30, 30, 100_001)
+    eps = np.finfo(np.float64).eps                      # of x; it is x² times that of exp(-x² / 2)
+    assert (np.abs(apply(loop, x) - exact(x)) <= (4 + 2 * x * x) * eps * exact(x)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_special_values_of_the_normal_distribution(dtype):
+    x = np.array([0.0, -0.0, INF, -INF, NAN, 1000, -1000, 1e30, -1e30], dtype)
+    np.testing.assert_allclose(apply(cdf_loop, x), [0.5, 0.5, 1, 0, NAN, 1, 0, 1, 0], rtol=1e-7)
+    density = 1 / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(apply(pdf_loop, x), [density, density, 0, 0, NAN, 0, 0, 0, 0], rtol=2e-7)
 
 
 @FUNCTIONS
