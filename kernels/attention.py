@@ -26,6 +26,7 @@ at all gets zeros, and passes no gradient on.
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,30 +36,35 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.amx import start_tiles, stop_tiles
 from kernels.blocks import (
+    TALL,
+    TILES,
+    UNROLLED,
     elements,
     multiply_columns,
     multiply_panels,
     multiply_rows,
     pack_panel,
     pack_rows,
+    pair_across,
+    pair_down,
     pair_rows,
+    read,
+    turn_over,
     unpack_rows,
 )
 from kernels.check import check
-from kernels.cpu import TARGET
 from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
 from kernels.elementary import exp_below
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.matmul import get_matmul_precision
-from kernels.pack import pair_columns
-from kernels.simd import LANES, ROUNDS, out_of_line, row_max
+from kernels.simd import LANES, LINE, ROUNDS, fill_vectors, out_of_line, row_max
 from kernels.tile import ROWS, columns
 
-QUERIES = 42                                 # queries in a block: whole register tiles of 14 rows and of 6
-KEYS = 288                                   # the most keys in a block; rows of 256 would share cache sets
-UNROLLED = 4 * LANES                         # keys that LLVM takes at a time in a loop over a row
-MANY_KEYS = 192                              # from here on products in bfloat16 pay: half way from 128 to 256
+QUERIES = 42, -(-42 // TALL) * TALL          # queries in a block, and in one of pairs: whole register tiles
+KEYS = 320                                   # the most keys in a block; rows of 256 would share cache sets
+MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
 
 
 def attention_forward(qkv: np.ndarray, heads: int, causal: bool = True, p: float = 0.0, seed: int = 0,
@@ -165,13 +171,13 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
     out = sizes.room()((batch, time, heads * depth), q.dtype)
     norms = sizes.room()((batch, heads, time), q.dtype)
     if out.size and keys:
-        tile, padded, block = _blocks(depth, keys, q.dtype)
+        paired = _paired(keys, q.dtype, sizes.mask)
+        _, padded, block, queries = blocks = _blocks(depth, keys, q.dtype, paired)
         rows = _round_up(keys, block)
-        scratch = _scratch(q.dtype, (rows * depth,), (rows, padded), (QUERIES, depth), (QUERIES, block),
-                           (QUERIES, padded), (2, QUERIES))
+        scratch = _scratch(q.dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
+                           (queries, padded), (2, queries))
         launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
-               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch,
-               _paired(keys, q.dtype, sizes.mask))
+               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
     return out, norms
 
 
@@ -181,39 +187,41 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     batch, time, keys, heads, depth = sizes[:5]
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
-        tile, padded, block = _blocks(depth, keys, q.dtype)
-        rows, block_rows = _round_up(time, QUERIES), _round_up(_round_up(block, ROWS), LANES)
         paired = _paired(keys, q.dtype, sizes.mask)
-        pairs, block_pairs = (rows // 2, QUERIES // 2 * block_rows + LANES) if paired else (0, 0)
+        _, padded, block, queries = blocks = _blocks(depth, keys, q.dtype, paired)
+        rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
+        turned = TILES and paired                                    # see kernels/blocks.py
+        sums = (padded, block_rows) if turned else (block_rows, padded)
+        pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
+        block_pairs = queries // 2 * block_rows + LANES if paired else 0
         scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
-                           (block * depth,), (block * depth,), (block, padded),
-                           (block_rows, padded), (block_rows, padded),
-                           (QUERIES, block_rows), (QUERIES, block_rows),
-                           (pairs * padded,), (pairs * padded,), (block_pairs,), (block_pairs,))
+                           (block * padded,), (block * padded,), (block, padded),
+                           sums, sums, (queries, block_rows), (queries, block_rows),
+                           pairs, pairs, (block_pairs,), (block_pairs,), (block_rows, padded))
         launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
                sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
-               sizes.layout, sizes.causal, dropout, (tile, padded, block), scratch, paired)
+               sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
 
 
 def _paired(keys: int, dtype: np.dtype, mask: np.ndarray) -> bool | None:
-    """True for products in bfloat16, else None: not under a mask, on a tile unit, whose tiles are others, or
-    of few keys, where rounding costs what it saves.
+    """True for products in bfloat16, else None: not under a mask, or of few keys, where rounding costs what
+    it saves.
 
     None and True, not False and True, are types of their own: numba compiles a kernel for each, without what
     is not of the case.
     """
     return True if (get_matmul_precision() == "bf16" and dtype == np.float32 and keys >= MANY_KEYS
-                    and not mask.size and ROUNDS and not TARGET.tiles) else None
+                    and not mask.size and ROUNDS) else None
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(depth: int, keys: int, dtype: np.dtype) -> tuple[int, int, int]:
-    """The width of a register tile; in whole tiles, the width of a head and the keys in a block."""
+def _blocks(depth: int, keys: int, dtype: np.dtype, paired: bool | None) -> tuple[int, int, int, int]:
+    """The width of a register tile; in whole tiles, the width of a head, the keys in a block, the queries."""
     tile = columns(dtype)
-    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), tile)
+    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), UNROLLED), QUERIES[paired is not None]
 
 
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
@@ -221,8 +229,12 @@ def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
 
 
 def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Arrays of these shapes for each thread."""
-    return tuple([memory.empty((max_threads(), *shape), dtype) for shape in shapes])
+    """Arrays of these shapes for each thread, cut from one, each of which begins at a line of the cache."""
+    sizes = [_round_up(max_threads() * math.prod(shape), LINE // dtype.itemsize) for shape in shapes]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    room = memory.empty(sum(sizes), dtype)
+    return tuple([np.ndarray((max_threads(), *shape), dtype, room, start * dtype.itemsize)
+                  for shape, start in zip(shapes, starts, strict=True)])
 
 
 @kernel
@@ -237,7 +249,7 @@ def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks,
 def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread, paired):
     """One head of one sequence. paired: as `_paired` has it."""
     limit, kept_scale, start_of_rows = dropout
-    tile, padded, block = blocks
+    tile, padded, block, most = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
     tops = scratch[5][thread]                                                             # m and Σ p
@@ -254,11 +266,12 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
         pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
                    key_panels, j * deep, tile, paired)
     if paired is not None:
-        pair_columns(kv, value_start, kv_row, depth, keys, values.reshape(-1), 0, padded)
+        pair_down(kv, value_start, kv_row, depth, keys, values.reshape(-1), padded)
     else:
         pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
-    for i0 in range(0, time, QUERIES):
-        rows = min(QUERIES, time - i0)
+    start_tiles(paired is not None)
+    for i0 in range(0, time, most):
+        rows = min(most, time - i0)
         pack_rows(q, start + i0 * q_row, q_row, rows, depth, scale, visible[:0], queries)
         if paired is not None:
             pair_rows(queries, rows)
@@ -269,13 +282,13 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
         for j0 in range(0, min(keys, rows + reach), block):
             count = min(block, keys - j0)
             diagonal = reach - j0
-            multiply_panels(queries, 0, depth, key_panels, j0 * deep, deep, scores, block,
+            multiply_panels(queries, 0, padded, key_panels, j0 * deep, deep, scores, block,
                             rows, count, tile, diagonal, paired)
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if visible.size:
                     hide(scores[i], n, visible[j0:j0 + count], lowest)
-                weigh(scores[i], n, tops, i, sums[i])
+                weigh(scores, i, n, tops, sums, paired)
                 if kept_scale != one:
                     drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             if paired is not None:
@@ -289,6 +302,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
                 out[to:to + depth] = zero
             else:
                 scale_row(sums[i], one / tops[1, i], out[to:to + depth])
+    stop_tiles(paired is not None)
 
 
 @helper
@@ -310,33 +324,26 @@ def first_visible(visible):
 
 
 @helper
-def weigh(scores, n, tops, i, sums):
+def weigh(scores, i, n, tops, sums, paired):
     """p = exp(s - m) for n keys, 0 for the others; tops carry m and Σ p of query i, earlier sums shrink."""
     zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
-    seen = np.int32(n)                                    # whose comparison takes one vector, not two
-    m = max(tops[0, i], row_max(scores, 0, n))
+    start, end = i * scores.shape[1], read(n, scores.shape[1], paired)
+    fill_vectors(scores, start, n, end, lowest)
+    m = max(tops[0, i], row_max(scores, start, n))
     base = m if m > -math.inf else zero                   # scores of -inf alone: exp(s - 0) is 0
     total = zero
-    for j in range(read(n, scores.size, UNROLLED)):
-        e = exp_below(scores[j] - base if np.int32(j) < seen else lowest)
-        scores[j] = e
+    for j in range(end):
+        e = exp_below(scores[i, j] - base)
+        scores[i, j] = e
         total += e
     if m != tops[0, i]:
         if tops[1, i] != zero:
             shrink = exp_below(tops[0, i] - base)
             tops[1, i] *= shrink
-            for d in range(sums.size):
-                sums[d] *= shrink
+            for d in range(sums.shape[1]):
+                sums[i, d] *= shrink
         tops[0, i] = m
     tops[1, i] += total
-
-
-@helper
-def read(n, size, step):
-    """How many of a row's weights a product may read, of which n are not 0, in whole steps: the register tile
-    takes the row with others that see more keys.
-    """
-    return min(size, (n + ROWS + step - 1) // step * step)
 
 
 @helper
@@ -359,7 +366,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                   thread, paired):
     """As `head_forward`."""
     limit, kept_scale, start_of_rows = dropout
-    tile, padded, block = blocks
+    tile, padded, block, most = blocks
     queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
     deltas = scratch[3][thread]
     key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
@@ -367,6 +374,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
     weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
     query_pairs, dout_pairs = scratch[11][thread], scratch[12][thread]        # along queries, of the head
     weight_pairs, dscore_pairs = scratch[13][thread], scratch[14][thread]     # and of the blocks
+    upright = scratch[15][thread]                                   # sums that a tile unit has turned over
     block_rows = weights.shape[1]
     time = norms.size
     keys, heads, depth, q_row, kv_row, _ = layout
@@ -382,9 +390,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
         deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
     if paired is not None:
         for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
-            pair_columns(x.reshape(-1), 0, padded, padded, time, pairs, 0, padded)
+            pair_across(x.reshape(-1), padded, padded, time, pairs.reshape(-1), pairs.shape[1])
             pair_rows(x, time)
     deep = elements(depth, paired)
+    start_tiles(paired is not None)
     for j0 in range(0, keys, block):
         count = min(block, keys - j0)
         key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
@@ -393,14 +402,14 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                 pack_panel(kv, begin + j * kv_row, kv_row, min(tile, count - j), depth,
                            panels, j * deep, tile, paired)
         if paired is not None:
-            pair_columns(kv, key_at, kv_row, depth, count, key_block.reshape(-1), 0, padded)
+            pair_down(kv, key_at, kv_row, depth, count, key_block.reshape(-1), padded)
         else:
             pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
         dkeys[:] = 0
         dvalues[:] = 0
         first_query = max(0, j0 - (keys - time)) if causal else 0
-        for i0 in range(first_query // QUERIES * QUERIES, time, QUERIES):
-            rows = min(QUERIES, time - i0)
+        for i0 in range(first_query // most * most, time, most):
+            rows = min(most, time - i0)
             diagonal = (i0 + keys - time if causal else keys) - j0
             at = i0 * padded
             multiply_panels(queries, at, padded, key_panels, 0, deep, weights, block_rows,
@@ -411,7 +420,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
                     drop(dscores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
-                weigh_backward(weights[i], dscores[i], n, norms[i0 + i], deltas[i0 + i])
+                weigh_backward(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], paired)
                 if visible.size:
                     hide(weights[i], n, visible[j0:j0 + count], zero)
                     hide(dscores[i], n, visible[j0:j0 + count], zero)
@@ -419,39 +428,43 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                     drop(weights[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             if paired is not None:
                 for x, pairs in ((weights, weight_pairs), (dscores, dscore_pairs)):
-                    pair_columns(x.reshape(-1), 0, block_rows, block_rows, rows, pairs, 0, block_rows)
+                    pair_down(x.reshape(-1), 0, block_rows, block_rows, rows, pairs, block_rows)
                 pair_rows(dscores, rows)
             multiply_rows(dscores, block_rows, key_block, 0, dqueries, at, padded,
                           rows, count, tile, diagonal, paired)
             if paired is not None:
-                at = elements(i0, paired) * padded
-                multiply_columns(weight_pairs, block_rows, dout_pairs, at, dvalues, padded,
+                multiply_columns(weight_pairs, block_rows, dout_pairs.reshape(-1), elements(i0, paired),
+                                 dout_pairs.shape[1], dvalues, dvalues.shape[1], padded,
                                  rows, count, tile, diagonal, paired)
-                multiply_columns(dscore_pairs, block_rows, query_pairs, at, dkeys, padded,
+                multiply_columns(dscore_pairs, block_rows, query_pairs.reshape(-1), elements(i0, paired),
+                                 query_pairs.shape[1], dkeys, dkeys.shape[1], padded,
                                  rows, count, tile, diagonal, paired)
             else:
-                multiply_columns(weights.reshape(-1), block_rows, douts.reshape(-1), at, dvalues, padded,
-                                 rows, count, tile, diagonal, paired)
-                multiply_columns(dscores.reshape(-1), block_rows, queries.reshape(-1), at, dkeys, padded,
-                                 rows, count, tile, diagonal, paired)
-        unpack_rows(dkeys, count, depth, one, dkv, key_at, kv_row)
-        unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)
+                multiply_columns(weights.reshape(-1), block_rows, douts.reshape(-1), i0, padded,
+                                 dvalues, padded, padded, rows, count, tile, diagonal, paired)
+                multiply_columns(dscores.reshape(-1), block_rows, queries.reshape(-1), i0, padded,
+                                 dkeys, padded, padded, rows, count, tile, diagonal, paired)
+        for x, at in ((dkeys, key_at), (dvalues, value_at)):
+            if paired is not None and TILES:
+                turn_over(x, upright)
+                unpack_rows(upright, count, depth, one, dkv, at, kv_row)
+            else:
+                unpack_rows(x, count, depth, one, dkv, at, kv_row)
+    stop_tiles(paired is not None)
     unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
 
 
 @helper
-def weigh_backward(weights, dscores, n, norm, delta):
-    """p = exp(s - n), ds = p (dp - δ), in place of s and dp, for n keys; 0 for the others.
-
-    A vector at a time: of a whole row LLVM makes a loop for four, and another, of half vectors, for the rest.
-    """
-    zero, lowest = weights.dtype.type(0), weights.dtype.type(-math.inf)
-    for j0 in range(0, read(n, weights.size, LANES), LANES):
-        part, dpart = weights[j0:j0 + LANES], dscores[j0:j0 + LANES]
-        for j in range(LANES):
-            p = exp_below(part[j] - norm if j < n - j0 else lowest)
-            part[j] = p
-            dpart[j] = p * (dpart[j] - delta if j < n - j0 else zero)
+def weigh_backward(weights, dscores, i, n, norm, delta, paired):
+    """p = exp(s - n), ds = p (dp - δ), in place of s and dp of query i, for n keys; 0 for the others."""
+    start, end = i * weights.shape[1], read(n, weights.shape[1], paired)
+    fill_vectors(weights, start, n, end, weights.dtype.type(-math.inf))
+    fill_vectors(dscores, start, n, end, weights.dtype.type(0))
+    base = norm if norm > -math.inf else weights.dtype.type(0)       # of a query that sees no key
+    for j in range(end):
+        p = exp_below(weights[i, j] - base)
+        weights[i, j] = p
+        dscores[i, j] = p * (dscores[i, j] - delta)
 
 
 @helper

@@ -22,6 +22,7 @@ except ImportError:                                  # Windows: no process waits
 import numba
 import numpy as np
 from numba.core import caching
+from numba.core.codegen import get_host_cpu_features
 
 from kernels import cpu
 
@@ -29,9 +30,15 @@ from kernels import cpu
 # them; nor "arcp", which allows an approximate reciprocal that makes NaN of 1 / inf.
 SAFE_MATH = {"contract", "reassoc", "nsz"}
 
+# LLVM halves the vectors of loops on Intel CPUs, of which older ones lower their clock for whole ones. numba
+# reads this once, before it compiles anything in the process, and for all of it.
+WHOLE_VECTORS = "-prefer-256-bit"
+
 PATIENCE = 60                                        # seconds to wait while another process compiles a kernel
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
 _config: Any = numba.config                          # its attributes are set at run time
+if cpu.TARGET.vector_bytes == 64 and not _config.CPU_FEATURES:
+    _config.CPU_FEATURES = f"{get_host_cpu_features()},{WHOLE_VECTORS}"
 # numba's own threads, where there is neither OpenMP nor TBB, end the process if two Python threads call.
 _one_at_a_time: Any = threading.Lock() if _config.THREADING_LAYER == "workqueue" else contextlib.nullcontext()
 _planned: dict[tuple[Any, tuple], None] | None = None # what `compile_backwards` finds, in its order

@@ -29,26 +29,30 @@ from kernels.pack import (
     pack_transposed,
     pair_columns,
     pair_row,
+    pair_rows_of_columns,
     pair_tiles,
     pair_transposed,
 )
 from kernels.relu2 import relu2_row
-from kernels.simd import LANES, LINE, ROUNDS, address, out_of_line, transpose_block
+from kernels.simd import LANES, LINE, ROUNDS, address, finish_streams, out_of_line, stream_rows
 from kernels.tile import columns, height, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
 # the second, which is fast enough, as a step takes 14 cycles or more.
 BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
+BLOCK_K_TILES = 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
 BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache, or
                             # 512 x 384 pairs on a tile unit
-GROUP = 4                   # register tiles of A that are copied at a time
+NEAR = 32                   # panels of B for a block of rows: 32 of 192 x 32 pairs are 768 KB, in that cache
+GROUP = 2                   # register tiles of A, or panels of B, that are copied at a time
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
                             # too, for the last vector that `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 TASKS = 16                  # as many tasks as keep a small machine evenly busy
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
@@ -194,7 +198,8 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
     rows, width = height(bf16), columns(c.dtype)
     tall = -(-m // rows)                                                                  # in register tiles
-    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // BLOCK_K)))       # K in like parts,
+    most_deep = BLOCK_K_TILES if bf16 and TILES and m * n * 4 < LARGE else BLOCK_K
+    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // most_deep)))     # K in like parts,
     depth += depth % 2 if bf16 else 0                                                     # of whole pairs
     wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
     blocks = -(-tall // BLOCK_M)
@@ -226,22 +231,25 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, mirrored, bf
     half, scale, shift = mirrored
     m, n = c.shape[1:]
     tall = (m + rows - 1) // rows                   # in register tiles
+    streams = m * n * c.itemsize >= LARGE and n % (width // 2) == 0 and not half and not len(activated)
     groups = (shared + GROUP - 1) // GROUP
     own = min((tall + blocks - 1) // blocks, tall - first_copied)      # tiles that a task copies, at the most
     for n0 in range(0, n, BLOCK_N):
         panels = (min(BLOCK_N, n - n0) + width - 1) // width
         for k0 in range(0, max(k, 1), max(most_deep, 1)):
             depth = min(most_deep, k - k0)
-            for index in prange(batch_b * panels + len(a) * groups):
+            stacks = batch_b * ((panels + GROUP - 1) // GROUP)
+            for index in prange(stacks + len(a) * groups):
                 task = np.int64(index)
-                if task < batch_b * panels:
-                    pack_b(b, packed_b, task // panels, task % panels, n0, n, k0, k, depth, width, size_b,
-                           transpose_b, bf16)
+                # Those of A are in the middle, where threads part as they do below.
+                place = task - (stacks + 1) // 2
+                if 0 <= place < len(a) * groups:
+                    pack_group(a[place // groups], packed_a, place // groups * shared - first_copied,
+                               first_copied + place % groups * GROUP, rows, m, k0, depth, size_a,
+                               transpose_a, bf16)
                 else:
-                    batch_a, group = (task - batch_b * panels) // groups, (task - batch_b * panels) % groups
-                    first = first_copied + group * GROUP
-                    pack_block(a[batch_a], packed_a, (batch_a * shared - first_copied) * size_a, first,
-                               min(first + GROUP, tall), rows, m, k0, depth, size_a, transpose_a, bf16)
+                    pack_stack(b, packed_b, task if place < 0 else task - len(a) * groups, panels, n0, n,
+                               k0, k, depth, width, size_b, transpose_b, bf16)
             for index in prange(tasks):
                 task = np.int64(index)
                 batch, rest = task // (blocks * chunks), task % (blocks * chunks)
@@ -256,8 +264,8 @@ def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, mirrored, bf
                                transpose_a, bf16)
                 multiply_block(a[batch_a], packed_a, copy * size_a, first_copied, size_a, packed_b,
                                (batch * panels if batch_b > 1 else 0) * size_b, size_b, bias, edges[thread],
-                               c[batch], i0, i1, k0, depth, n0, rows, width, first, last, half, transpose_a,
-                               bf16)
+                               c[batch], i0, i1, k0, depth, n0, rows, width, first, last, half, streams,
+                               transpose_a, bf16)
                 if k0 + depth == k and len(activated):
                     activate_block(c[batch], activated[batch], activation, i0 * rows, min(m, i1 * rows),
                                    n0 + first * width, min(n, n0 + last * width))
@@ -275,6 +283,15 @@ def steps(depth, bf16):
         return depth
     pairs = (depth + 1) // 2
     return (pairs + PAIRS - 1) // PAIRS * PAIRS if TILES else pairs
+
+
+@helper
+def pack_stack(b, packed, task, panels, n0, n, k0, k, depth, width, size, transposed, bf16):
+    """A few panels of one matrix of B."""
+    stacks = (panels + GROUP - 1) // GROUP
+    first = task % stacks * GROUP
+    for panel in range(first, min(first + GROUP, panels)):
+        pack_b(b, packed, task // stacks, panel, n0, n, k0, k, depth, width, size, transposed, bf16)
 
 
 @mover
@@ -304,45 +321,45 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
     """
     out_of_line()
     i0, count = tile * rows, min(rows, m - tile * rows)
-    to = packed[start:start + size]
-    flat = a.reshape(-1)
-    deep = steps(depth, bf16)
-    if transposed and bf16 and TILES:
-        panel = np.zeros(deep * rows, packed.dtype)
-        pair_columns(flat, k0 * m + i0, m, count, depth, panel, 0, rows)
-        for p in range(0, deep, PAIRS):
-            for i in range(0, rows, PAIRS):
-                transpose_block(panel, p * rows + i, rows, to, i * (deep + PAD) + p, deep + PAD)
-    elif transposed and bf16:
+    flat, k, deep = a.reshape(-1), a.shape[1], steps(depth, bf16)
+    if transposed and bf16:
         pair_columns(flat, k0 * m + i0, m, count, depth, packed, start, rows)
-    elif transposed and count == rows:
-        for p in range(depth):
-            row, panel = a[k0 + p, i0:i0 + rows], to[p * rows:(p + 1) * rows]
-            for i in range(rows):
-                panel[i] = row[i]
     elif transposed:
         for p in range(depth):
-            for i in range(rows):
-                to[p * rows + i] = a[k0 + p, i0 + i] if i < count else 0
+            for i in range(count):
+                packed[start + p * rows + i] = flat[(k0 + p) * m + i0 + i]
+            for i in range(count, rows):
+                packed[start + p * rows + i] = 0
     else:
         for i in range(rows):
-            copy = to[i * (deep + PAD):i * (deep + PAD) + deep]
+            row, to = (i0 + i) * k + k0, start + i * (size // rows)
             if i >= count:
-                copy[:] = 0
+                packed[to:to + deep] = 0
             elif bf16:
-                pair_row(a[i0 + i, k0:k0 + depth], copy)
-                copy[(depth + 1) // 2:] = 0
+                pair_row(flat, row, depth, packed, to)
+                packed[to + (depth + 1) // 2:to + deep] = 0
             else:
-                row = a[i0 + i, k0:k0 + depth]
                 for p in range(depth):
-                    copy[p] = row[p]
+                    packed[to + p] = flat[row + p]
+
+
+@helper
+def pack_group(a, packed, before, first, rows, m, k0, depth, size, transposed, bf16):
+    """A few register tiles of op(A); before: tiles in `packed` before its tile 0."""
+    last = min(first + GROUP, (m + rows - 1) // rows)
+    pack_block(a, packed, before * size, first, last, rows, m, k0, depth, size, transposed, bf16)
 
 
 @mover
 def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
     """Register tiles first to last of op(A), each at start + its number times size."""
     whole = first
-    if transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
+    if transposed and bf16 and TILES:
+        i0 = first * rows
+        pair_rows_of_columns(a.reshape(-1), k0 * m + i0, m, min(m, last * rows) - i0, depth, packed,
+                             start + first * size, size // rows)
+        whole = last
+    elif transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
         whole = max(first, min(last, m // rows))
         pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, rows, size)
@@ -363,17 +380,15 @@ def activate_block(c, activated, activation, i0, i1, j0, j1):
 
 @helper
 def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, bias, edge, c, i0, i1, k0,
-                   depth, n0, rows, width, first, last, half, transposed, bf16):
+                   depth, n0, rows, width, first, last, half, streams, transposed, bf16):
     """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
     half: leave out tiles below the diagonal; edge: scratch for a tile that reaches beyond C.
     """
     (m, n), deep = c.shape, steps(depth, bf16)
     start_tiles(bf16)
-    for panel in range(first, last):
-        j = n0 + panel * width
-        b_at = address(b, start_b + panel * size_b)
-        for tile in range(i0, min(i1, (j + width + rows - 1) // rows) if half else i1):
+    for panel0 in range(first, last, NEAR):
+        for tile in range(i0, i1):
             i = tile * rows
             if tile < first_copied and transposed:
                 a_at, row, step = address(a, k0 * m + i), 1, m
@@ -382,22 +397,38 @@ def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_
             elif transposed and not (bf16 and TILES):
                 a_at, row, step = address(packed_a, start_a + tile * size_a), 1, rows
             else:
-                a_at, row, step = address(packed_a, start_a + tile * size_a), deep + PAD, 1
-            if i + rows <= m and j + width <= n:
-                to, before, before_row = address(c, i * n + j), 0, 0
-                if k0 > 0:
-                    before, before_row = to, n
-                elif bias.size:
-                    before = address(bias, j)
-                register_tile(c, a_at, row, step, b_at, width, to, n, deep, before, before_row, True, bf16)
-            else:
-                for r in range(min(rows, m - i)):
-                    for s in range(min(width, n - j)):
-                        edge[r, s] = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
-                to = address(edge, 0)
-                register_tile(c, a_at, row, step, b_at, width, to, width, deep, to, width,
-                              2 * (n - j) > width, bf16)
-                for r in range(min(rows, m - i)):
-                    for s in range(min(width, n - j)):
-                        c[i + r, j + s] = edge[r, s]
+                a_at, row, step = address(packed_a, start_a + tile * size_a), size_a // rows, 1
+            seen = max(panel0, (i - n0) // width) if half else panel0
+            for panel in range(seen, min(last, panel0 + NEAR)):
+                j = n0 + panel * width
+                b_at = address(b, start_b + panel * size_b)
+                if streams and i + rows <= m and j + width <= n:
+                    to, before, before_row = address(edge, 0), 0, 0
+                    if k0 > 0:
+                        before, before_row = address(c, i * n + j), n
+                    elif bias.size:
+                        before = address(bias, j)
+                    register_tile(c, a_at, row, step, b_at, width, to, width, deep, before, before_row, True,
+                                  bf16)
+                    stream_rows(edge, 0, width, c, i * n + j, n, rows, 2)
+                elif i + rows <= m and j + width <= n:
+                    to, before, before_row = address(c, i * n + j), 0, 0
+                    if k0 > 0:
+                        before, before_row = to, n
+                    elif bias.size:
+                        before = address(bias, j)
+                    register_tile(c, a_at, row, step, b_at, width, to, n, deep, before, before_row, True,
+                                  bf16)
+                else:
+                    for r in range(min(rows, m - i)):
+                        for s in range(min(width, n - j)):
+                            edge[r, s] = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
+                    to = address(edge, 0)
+                    register_tile(c, a_at, row, step, b_at, width, to, width, deep, to, width,
+                                  2 * (n - j) > width, bf16)
+                    for r in range(min(rows, m - i)):
+                        for s in range(min(width, n - j)):
+                            c[i + r, j + s] = edge[r, s]
     stop_tiles(bf16)
+    if streams:
+        finish_streams()

@@ -78,17 +78,16 @@ def rounded(x):
 
 
 @mover
-def pair_row(row, to):
-    """to[p] = (row[2 p], row[2 p + 1]), and 0 for what is beyond the end."""
-    out_of_line()
-    whole = row.size // 2
+def pair_row(x, start, size, to, to_start):
+    """to[p] = (x[2 p], x[2 p + 1]), and 0 for what is beyond size, counted from the starts; x may be to."""
+    whole = size // 2
     vectors = whole // LANES * LANES if ROUNDS else 0
     for p in range(0, vectors, LANES):
-        round_in_turn(row, 2 * p, 2 * p + LANES, to, p, LANES)
+        round_in_turn(x, start + 2 * p, start + 2 * p + LANES, to, to_start + p, LANES)
     for p in range(vectors, whole):
-        to[p] = pair(row[2 * p], row[2 * p + 1])
-    if row.size % 2:
-        to[whole] = pair(row[row.size - 1], np.float32(0))
+        to[to_start + p] = pair(x[start + 2 * p], x[start + 2 * p + 1])
+    if size % 2:
+        to[to_start + whole] = pair(x[start + size - 1], np.float32(0))
 
 
 @mover
@@ -99,8 +98,8 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
     out_of_line()
     for p in range((depth + 1) // 2):
         low, high, panel = start + 2 * p * stride, start + (2 * p + 1) * stride, to_start + p * width
-        prefetch_columns(x, low + AHEAD * stride, False)
-        prefetch_columns(x, high + AHEAD * stride, False)
+        prefetch_row(x, low + AHEAD * stride, count, False)
+        prefetch_row(x, high + AHEAD * stride, count, False)
         if 2 * p + 1 == depth:
             for j in range(count):
                 to[panel + j] = pair(x[low + j], np.float32(0))
@@ -114,6 +113,22 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
             for j in range(count):
                 to[panel + j] = pair(x[low + j], x[high + j])
         to[panel + count:panel + width] = 0
+
+
+@mover
+def pair_rows_of_columns(x, start, stride, count, depth, to, to_start, to_row):
+    """The columns of x as rows of pairs: to[j, p] = (x_2p[j], x_2p+1[j]), 0 beyond count and depth, in whole
+    squares as wide as a vector; rows of `to` are to_row apart.
+    """
+    out_of_line()
+    width = (count + LANES - 1) // LANES * LANES
+    stripe = np.empty(LANES * width, to.dtype)
+    for p in range(0, (depth + 1) // 2, LANES):
+        rows = min(2 * LANES, depth - 2 * p)
+        pair_columns(x, start + 2 * p * stride, stride, count, rows, stripe, 0, width)
+        stripe[(rows + 1) // 2 * width:] = 0
+        for j in range(0, width, LANES):
+            transpose_block(stripe, j, width, to, to_start + j * to_row + p, to_row)
 
 
 @mover
@@ -140,7 +155,7 @@ def pair_transposed(x, start, stride, count, depth, to, to_start, width):
     pairs = (depth + 1) // 2
     columns = np.empty(count * pairs, to.dtype)
     for j in range(count):
-        pair_row(x[start + j * stride:start + j * stride + depth], columns[j * pairs:(j + 1) * pairs])
+        pair_row(x, start + j * stride, depth, columns, j * pairs)
     pack_transposed(columns, 0, pairs, count, pairs, to, to_start, width)
 
 

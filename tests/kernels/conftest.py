@@ -71,7 +71,7 @@ def bf16():
 @pytest.fixture
 def bf16_attention(bf16, monkeypatch):
     """Products of attention are in bfloat16, of however few keys."""
-    if not ROUNDS or TARGET.tiles:
+    if not ROUNDS:
         pytest.skip(f"{TARGET.name}: attention is in float32")
     monkeypatch.setattr("kernels.attention.MANY_KEYS", 1)
 

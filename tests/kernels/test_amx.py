@@ -22,6 +22,7 @@ cpu.TARGET = cpu.Target("a tile unit that is played", 64, 14, True, True)
 sys.modules["kernels.cpu"] = cpu                      # before the package reads it
 import kernels
 from kernels import amx
+from kernels.simd import ROUNDS
 from kernels.matmul import symmetric_matmul
 amx.PREFIX = "played."
 
@@ -106,12 +107,20 @@ x = normal(2, 90, 20)
 gram = symmetric_matmul(x, x, transpose_b=True, scale=0.5, shift=2.0)
 close(gram, 0.5 * rounded(x) @ rounded(x).swapaxes(1, 2) + 2 * np.eye(90))
 assert np.array_equal(gram, gram.swapaxes(1, 2))
+qkv, dout = normal(1, 200, 24), normal(1, 200, 8)
 done = len(calls)
-qkv = normal(1, 200, 24)
-out = kernels.attention_forward(qkv, 1)[0]
-kernels.set_matmul_precision("highest")
-assert np.array_equal(kernels.attention_forward(qkv, 1)[0], out) and len(calls) == done
-kernels.set_matmul_precision("bf16")
+for causal in (True, False):
+    kernels.set_matmul_precision("highest")
+    out, norms = kernels.attention_forward(qkv, 1, causal)
+    dqkv = kernels.attention_backward(dout, qkv, out, norms, 1, causal)
+    assert len(calls) == done
+    kernels.set_matmul_precision("bf16")
+    if ROUNDS:                                        # else attention stays in float32
+        low = kernels.attention_forward(qkv, 1, causal)
+        for x, y in zip((*low, kernels.attention_backward(dout, qkv, *low, 1, causal)), (out, norms, dqkv)):
+            assert np.abs(x - y).max() < 0.02 * np.abs(y).max()
+        assert len(calls) > done and not layout
+        done = len(calls)
 close(kernels.matmul(a, b, exact=True), a.astype(np.float64) @ b)
 a, b = a.astype(np.float64), b.astype(np.float64)
 assert np.abs(kernels.matmul(a, b) - a @ b).max() < 1e-12 and len(calls) == done
