@@ -10,8 +10,11 @@ so the bits do not depend on the number of threads.
 """
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -26,6 +29,7 @@ from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
 from kernels.pack import (
     mirror_stripe,
     pack_columns,
+    pack_tiles,
     pack_transposed,
     pair_columns,
     pair_row,
@@ -34,7 +38,7 @@ from kernels.pack import (
     pair_transposed,
 )
 from kernels.relu2 import relu2_row
-from kernels.simd import LANES, LINE, ROUNDS, address, finish_streams, out_of_line, stream_rows
+from kernels.simd import LANES, LINE, ROUNDS, address, copy_rows, finish_streams, out_of_line
 from kernels.tile import columns, height, register_tile
 
 # Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
@@ -42,15 +46,14 @@ from kernels.tile import columns, height, register_tile
 BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_K_TILES = 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
-BLOCK_M = 16                # register tiles of A in a task: 224 x 768 floats, in the second-level cache, or
-                            # 512 x 384 pairs on a tile unit
+BLOCK_M = 1024              # rows of A in a task, at the most
 NEAR = 32                   # panels of B for a block of rows: 32 of 192 x 32 pairs are 768 KB, in that cache
 GROUP = 2                   # register tiles of A, or panels of B, that are copied at a time
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
                             # too, for the last vector that `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
-TASKS = 16                  # as many tasks as keep a small machine evenly busy
+TASKS = 2                   # for each thread
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
 LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 TILES = TARGET.tiles
@@ -196,84 +199,95 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
-    rows, width = height(bf16), columns(c.dtype)
-    tall = -(-m // rows)                                                                  # in register tiles
-    most_deep = BLOCK_K_TILES if bf16 and TILES and m * n * 4 < LARGE else BLOCK_K
-    panels, depth = -(-min(n, BLOCK_N) // width), -(-k // max(1, -(-k // most_deep)))     # K in like parts,
-    depth += depth % 2 if bf16 else 0                                                     # of whole pairs
-    wanted = -(-TASKS // count) if m * n * k >= SMALL else 1
-    blocks = -(-tall // BLOCK_M)
-    chunks = max(1, min(panels, wanted // blocks))
-    blocks = max(blocks, min(tall, -(-wanted // chunks)))
-    # A is read where it is, but for the rows of a last, partial tile.
-    first_copied = m // rows if a.strides[1] % SAME_SET and not bf16 else 0
+    sizes, tasks, end_a, end_b, room = _plan(count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a,
+                                             transpose_b, a.strides[1], mirrored is not None)
+    scratch = memory.empty(room, c.dtype)
+    none = c[:0]
+    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, tuple(map(c.dtype.type, mirrored or (1, 0))),
+           scratch[:end_a], scratch[end_a:end_b], scratch[end_b:].reshape(max_threads(), 2, -1),
+           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
+
+
+class _Plan(NamedTuple):
+    """How a product is cut up."""
+    transpose_a: bool
+    transpose_b: bool
+    bf16: bool
+    half: bool               # leave out register tiles below the diagonal
+    streams: bool            # C goes past the caches, once it is whole
+    batch_a: int             # different A and B
+    batch_b: int
+    blocks: int              # of rows of register tiles, and chunks of panels: a task for each pair
+    chunks: int
+    rows: int                # of a register tile, and its width
+    width: int
+    first_copied: int        # the first tile of rows of A that is copied, not read where it is
+    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own
+    parts: int               # of K, of so many elements
+    depth: int
+    size_a: int              # of the copy of a tile of rows of A, and of a panel of B
+    size_b: int
+
+
+@functools.lru_cache(4096)
+def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
+          transpose_a: bool, transpose_b: bool, row_of_a: int,
+          half: bool) -> tuple[tuple, int, int, int, int]:
+    """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
+    of its tasks, and where in its scratch the copies of A and B end, and it itself. row_of_a: in bytes.
+    """
+    rows, width = height(bf16), columns(dtype)
+    tall, panels = -(-m // rows), -(-min(n, BLOCK_N) // width)
+    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0
+    parts = max(1, -(-k // (BLOCK_K_TILES if bf16 and TILES and not streams else BLOCK_K)))
+    depth = -(-k // parts)
+    depth += depth % 2 if bf16 else 0                                   # whole pairs
+    # As many tasks as wanted, so that all together read least: each reads its rows of A and columns of B.
+    wanted = -(-TASKS * max_threads() // count) if m * n * k >= SMALL else 1
+    choices = []
+    for chunks in itertools.takewhile(lambda c: c <= min(panels, wanted), (2**i for i in itertools.count())):
+        blocks = max(-(-m // BLOCK_M), min(tall, -(-wanted // chunks)))
+        read = min(n, BLOCK_N) * blocks + m * (2 if chunks == 1 else 4 + chunks)
+        choices.append((-min(wanted, blocks * chunks), read, blocks, chunks))
+    _, _, blocks, chunks = min(choices)
+    # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
+    first_copied = m // rows if row_of_a % SAME_SET and not bf16 and not transpose_a else 0
     deep = steps.py_func(depth, bf16)
     size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
     # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
     shared = tall - first_copied if chunks > 1 else 0
-    copies = len(a) * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
+    copies = batch_a * parts * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
     end_a = copies * size_a
-    end_b = end_a + len(b) * panels * size_b
-    scratch = memory.empty(end_b + max_threads() * rows * width, c.dtype)
-    none = c[:0]
-    scale, shift = map(c.dtype.type, mirrored or (1, 0))
-    launch(_multiply, count * blocks * chunks, a, b.reshape(-1), len(b), c, k, transpose_a, transpose_b,
-           (blocks, chunks, rows, width, first_copied, shared, depth, size_a, size_b),
-           (mirrored is not None, scale, shift), bf16, scratch[:end_a], scratch[end_a:end_b],
-           scratch[end_b:].reshape(-1, rows, width), none[:, 0, 0] if bias is None else bias,
-           none if activated is None else activated, activation)
+    end_b = end_a + batch_b * parts * panels * size_b
+    plan = _Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks, rows, width,
+                 first_copied, shared, parts, depth, size_a, size_b)
+    room = end_b + max_threads() * 2 * rows * width
+    return tuple(plan), count * blocks * chunks, end_a, end_b, room
 
 
 @kernel
-def _multiply(a, b, batch_b, c, k, transpose_a, transpose_b, sizes, mirrored, bf16, packed_a, packed_b,
-              edges, bias, activated, activation, tasks):
-    blocks, chunks, rows, width, first_copied, shared, most_deep, size_a, size_b = sizes
-    half, scale, shift = mirrored
-    m, n = c.shape[1:]
-    tall = (m + rows - 1) // rows                   # in register tiles
-    streams = m * n * c.itemsize >= LARGE and n % (width // 2) == 0 and not half and not len(activated)
-    groups = (shared + GROUP - 1) // GROUP
-    own = min((tall + blocks - 1) // blocks, tall - first_copied)      # tiles that a task copies, at the most
+def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, activated, activation, tasks):
+    plan, n = _Plan(*sizes), c.shape[2]
+    groups = (plan.shared + GROUP - 1) // GROUP
     for n0 in range(0, n, BLOCK_N):
-        panels = (min(BLOCK_N, n - n0) + width - 1) // width
-        for k0 in range(0, max(k, 1), max(most_deep, 1)):
-            depth = min(most_deep, k - k0)
-            stacks = batch_b * ((panels + GROUP - 1) // GROUP)
-            for index in prange(stacks + len(a) * groups):
-                task = np.int64(index)
-                # Those of A are in the middle, where threads part as they do below.
-                place = task - (stacks + 1) // 2
-                if 0 <= place < len(a) * groups:
-                    pack_group(a[place // groups], packed_a, place // groups * shared - first_copied,
-                               first_copied + place % groups * GROUP, rows, m, k0, depth, size_a,
-                               transpose_a, bf16)
-                else:
-                    pack_stack(b, packed_b, task if place < 0 else task - len(a) * groups, panels, n0, n,
-                               k0, k, depth, width, size_b, transpose_b, bf16)
-            for index in prange(tasks):
-                task = np.int64(index)
-                batch, rest = task // (blocks * chunks), task % (blocks * chunks)
-                block, chunk = rest // chunks, rest % chunks
-                batch_a, i0 = batch if len(a) > 1 else 0, tall * block // blocks
-                i1 = tall * (block + 1) // blocks
-                first, last = panels * chunk // chunks, panels * (chunk + 1) // chunks
-                thread, copied = numba.get_thread_id(), max(i0, first_copied)
-                copy = batch_a * shared - first_copied if shared else thread * own - copied       # of tile 0
-                if not shared:
-                    pack_block(a[batch_a], packed_a, copy * size_a, copied, i1, rows, m, k0, depth, size_a,
-                               transpose_a, bf16)
-                multiply_block(a[batch_a], packed_a, copy * size_a, first_copied, size_a, packed_b,
-                               (batch * panels if batch_b > 1 else 0) * size_b, size_b, bias, edges[thread],
-                               c[batch], i0, i1, k0, depth, n0, rows, width, first, last, half, streams,
-                               transpose_a, bf16)
-                if k0 + depth == k and len(activated):
-                    activate_block(c[batch], activated[batch], activation, i0 * rows, min(m, i1 * rows),
-                                   n0 + first * width, min(n, n0 + last * width))
-    if half:
-        stripes = (n + width - 1) // width
-        for index in prange(len(c) * stripes):
+        panels = (min(BLOCK_N, n - n0) + plan.width - 1) // plan.width
+        copies_a = plan.batch_a * plan.parts * groups if n0 == 0 else 0
+        copies_b = plan.batch_b * plan.parts * ((panels + GROUP - 1) // GROUP)
+        for index in prange(copies_a + copies_b):
             task = np.int64(index)
-            mirror_stripe(c[task // stripes], task % stripes * width, width, scale, shift)
+            place = task - (copies_b + 1) // 2      # A's are in the middle, where two threads part as below
+            if 0 <= place < copies_a:
+                pack_group(a, packed_a, place, c.shape[1], k, plan)
+            else:
+                pack_stack(b, packed_b, task if place < 0 else task - copies_a, panels, n0, n, k, plan)
+        for index in prange(tasks):
+            multiply_task(a, packed_a, packed_b, c, k, n0, panels, np.int64(index), plan,
+                          edges[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
+    if plan.half:
+        stripes = (n + plan.width - 1) // plan.width
+        for index in prange(len(c) * stripes):
+            task, (scale, shift) = np.int64(index), mirrored
+            mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, scale, shift)
 
 
 @helper
@@ -286,20 +300,21 @@ def steps(depth, bf16):
 
 
 @helper
-def pack_stack(b, packed, task, panels, n0, n, k0, k, depth, width, size, transposed, bf16):
-    """A few panels of one matrix of B."""
+def pack_stack(b, packed, task, panels, n0, n, k, plan):
+    """A few panels of one part of one matrix of B."""
     stacks = (panels + GROUP - 1) // GROUP
-    first = task % stacks * GROUP
+    first, place = task % stacks * GROUP, task // stacks            # place: of the part of the matrix
+    k0 = place % plan.parts * plan.depth
     for panel in range(first, min(first + GROUP, panels)):
-        pack_b(b, packed, task // stacks, panel, n0, n, k0, k, depth, width, size, transposed, bf16)
+        pack_b(b, packed, (place * panels + panel) * plan.size_b, place // plan.parts,
+               n0 + panel * plan.width, n, k0, k, min(plan.depth, k - k0), plan.width, plan.transpose_b,
+               plan.bf16)
 
 
 @mover
-def pack_b(b, packed, batch, panel, n0, n, k0, k, depth, width, size, transposed, bf16):
-    """A panel of one matrix of B: see `kernels.pack`."""
+def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
+    """The panel of one matrix of B from column j on: see `kernels.pack`."""
     out_of_line()
-    j = n0 + panel * width
-    to = (batch * ((min(BLOCK_N, n - n0) + width - 1) // width) + panel) * size
     start, stride = ((batch * n + j) * k + k0, k) if transposed else ((batch * k + k0) * n + j, n)
     if transposed and bf16:
         pair_transposed(b, start, stride, min(width, n - j), depth, packed, to, width)
@@ -344,10 +359,14 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
 
 
 @helper
-def pack_group(a, packed, before, first, rows, m, k0, depth, size, transposed, bf16):
-    """A few register tiles of op(A); before: tiles in `packed` before its tile 0."""
-    last = min(first + GROUP, (m + rows - 1) // rows)
-    pack_block(a, packed, before * size, first, last, rows, m, k0, depth, size, transposed, bf16)
+def pack_group(a, packed, task, m, k, plan):
+    """A few register tiles of one part of one op(A)."""
+    groups = (plan.shared + GROUP - 1) // GROUP
+    first, place = plan.first_copied + task % groups * GROUP, task // groups
+    k0 = place % plan.parts * plan.depth
+    pack_block(a[place // plan.parts], packed, (place * plan.shared - plan.first_copied) * plan.size_a, first,
+               min(first + GROUP, plan.first_copied + plan.shared), plan.rows, m, k0, min(plan.depth, k - k0),
+               plan.size_a, plan.transpose_a, plan.bf16)
 
 
 @mover
@@ -363,72 +382,102 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
         whole = max(first, min(last, m // rows))
         pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, rows, size)
+    elif transposed and not bf16:
+        whole = max(first, min(last, m // rows))
+        pack_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
+                   start + first * size, size)
     for tile in range(whole, last):
         pack_a(a, packed, start + tile * size, tile, rows, m, k0, depth, size, transposed, bf16)
 
 
 @helper
-def activate_block(c, activated, activation, i0, i1, j0, j1):
-    """The activation of rows i0 to i1 and columns j0 to j1, while they are in the cache; RELU2 in place."""
-    for i in range(i0, i1):
-        row = c[i, j0:j1]
-        if activation == RELU2:
-            relu2_row(row, row)
-        else:
-            gelu_row(row, activated[i, j0:j1], activation == GELU_TANH)
+def multiply_task(a, packed_a, packed_b, c, k, n0, panels, task, plan, edges, thread, bias, activated,
+                  activation):
+    """One block of rows times one chunk of panels, part by part of K, while its part of C is near."""
+    batch, block = task // (plan.blocks * plan.chunks), task // plan.chunks % plan.blocks
+    chunk, first_copied = task % plan.chunks, plan.first_copied
+    batch_a, batch_b = batch if plan.batch_a > 1 else 0, batch if plan.batch_b > 1 else 0
+    m = c.shape[1]
+    tall = (m + plan.rows - 1) // plan.rows                                     # in register tiles
+    i0, i1 = tall * block // plan.blocks, tall * (block + 1) // plan.blocks
+    first, last = panels * chunk // plan.chunks, panels * (chunk + 1) // plan.chunks
+    own = min((tall + plan.blocks - 1) // plan.blocks, tall - first_copied)     # at most copied by a task
+    copied = max(i0, first_copied)
+    for part in range(plan.parts):
+        k0 = part * plan.depth
+        depth = min(plan.depth, k - k0)
+        copy = (batch_a * plan.parts + part) * plan.shared - first_copied                        # of tile 0
+        if not plan.shared:
+            copy = thread * own - copied
+            pack_block(a[batch_a], packed_a, copy * plan.size_a, copied, i1, plan.rows, m, k0, depth,
+                       plan.size_a, plan.transpose_a, plan.bf16)
+        multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
+                       (batch_b * plan.parts + part) * panels * plan.size_b, c[batch], i0, i1, k0, depth, n0,
+                       first, last, plan, part + 1 == plan.parts, edges, bias,
+                       activated[batch] if len(activated) else c[batch, :0], activation)
 
 
 @helper
-def multiply_block(a, packed_a, start_a, first_copied, size_a, b, start_b, size_b, bias, edge, c, i0, i1, k0,
-                   depth, n0, rows, width, first, last, half, streams, transposed, bf16):
+def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, n0, first, last, plan, ends, edges,
+                   bias, activated, activation):
     """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
-    half: leave out tiles below the diagonal; edge: scratch for a tile that reaches beyond C.
+    ends: K does, so that C is whole. edges: scratch for tiles that reach beyond C, or go on to an activation
+    or past the caches.
     """
-    (m, n), deep = c.shape, steps(depth, bf16)
-    start_tiles(bf16)
+    (m, n), deep, rows, width = c.shape, steps(depth, plan.bf16), plan.rows, plan.width
+    edge, active_edge = edges[0], edges[1]
+    active, streams = ends and len(activated) > 0, ends and plan.streams
+    start_tiles(plan.bf16)
     for panel0 in range(first, last, NEAR):
         for tile in range(i0, i1):
             i = tile * rows
-            if tile < first_copied and transposed:
-                a_at, row, step = address(a, k0 * m + i), 1, m
-            elif tile < first_copied:
+            if tile < plan.first_copied:
                 a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
-            elif transposed and not (bf16 and TILES):
-                a_at, row, step = address(packed_a, start_a + tile * size_a), 1, rows
+            elif plan.transpose_a and not (plan.bf16 and TILES):
+                a_at, row, step = address(packed_a, start_a + tile * plan.size_a), 1, rows
             else:
-                a_at, row, step = address(packed_a, start_a + tile * size_a), size_a // rows, 1
-            seen = max(panel0, (i - n0) // width) if half else panel0
+                a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
+            seen = max(panel0, (i - n0) // width) if plan.half else panel0
             for panel in range(seen, min(last, panel0 + NEAR)):
                 j = n0 + panel * width
-                b_at = address(b, start_b + panel * size_b)
-                if streams and i + rows <= m and j + width <= n:
-                    to, before, before_row = address(edge, 0), 0, 0
-                    if k0 > 0:
-                        before, before_row = address(c, i * n + j), n
-                    elif bias.size:
-                        before = address(bias, j)
-                    register_tile(c, a_at, row, step, b_at, width, to, width, deep, before, before_row, True,
-                                  bf16)
-                    stream_rows(edge, 0, width, c, i * n + j, n, rows, 2)
-                elif i + rows <= m and j + width <= n:
-                    to, before, before_row = address(c, i * n + j), 0, 0
-                    if k0 > 0:
-                        before, before_row = to, n
-                    elif bias.size:
-                        before = address(bias, j)
-                    register_tile(c, a_at, row, step, b_at, width, to, n, deep, before, before_row, True,
-                                  bf16)
-                else:
+                inside = i + rows <= m and j + width <= n
+                before, before_row = 0, 0
+                if not inside:
                     for r in range(min(rows, m - i)):
                         for s in range(min(width, n - j)):
-                            edge[r, s] = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
-                    to = address(edge, 0)
-                    register_tile(c, a_at, row, step, b_at, width, to, width, deep, to, width,
-                                  2 * (n - j) > width, bf16)
-                    for r in range(min(rows, m - i)):
-                        for s in range(min(width, n - j)):
-                            c[i + r, j + s] = edge[r, s]
-    stop_tiles(bf16)
+                            old = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
+                            edge[r * width + s] = old
+                    before, before_row = address(edge, 0), width
+                elif k0 > 0:
+                    before, before_row = address(c, i * n + j), n
+                elif bias.size:
+                    before = address(bias, j)
+                direct = inside and not active and not streams
+                to, to_row = (address(c, i * n + j), n) if direct else (address(edge, 0), width)
+                b_at, wide = address(b, start_b + panel * plan.size_b), inside or 2 * (n - j) > width
+                register_tile(c, a_at, row, step, b_at, width, to, to_row, deep, before, before_row, wide,
+                              plan.bf16)
+                if active and activation == RELU2:
+                    relu2_row(edge, edge)
+                elif active:
+                    gelu_row(edge, active_edge, activation == GELU_TANH)
+                    place_tile(active_edge, rows, width, activated, i, j, inside, streams)
+                if not direct:
+                    place_tile(edge, rows, width, c, i, j, inside, streams)
+    stop_tiles(plan.bf16)
     if streams:
         finish_streams()
+
+
+@mover
+def place_tile(edge, rows, width, c, i, j, inside, streams):
+    """A register tile to where it belongs."""
+    out_of_line()
+    m, n = c.shape
+    if inside:
+        copy_rows(edge, 0, width, c, i * n + j, n, rows, streams)
+    else:
+        for r in range(min(rows, m - i)):
+            for s in range(min(width, n - j)):
+                c[i + r, j + s] = edge[r * width + s]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from kernels.cpu import TARGET
 from kernels.jit import exact, helper, mover
 from kernels.simd import (
     LANES,
     ROUNDS,
     bits,
     copy_columns,
+    copy_tile_rows,
     from_bits,
     out_of_line,
     prefetch_columns,
@@ -21,7 +23,8 @@ from kernels.simd import (
     transpose_block,
 )
 
-AHEAD = 8         # rows far apart come from memory as if at random: each is asked for so many rows before
+ROWS = TARGET.rows
+AHEAD = 16        # rows far apart come from memory as if at random: each is asked for so many rows before
 
 
 @helper
@@ -129,6 +132,17 @@ def pair_rows_of_columns(x, start, stride, count, depth, to, to_start, to_row):
         stripe[(rows + 1) // 2 * width:] = 0
         for j in range(0, width, LANES):
             transpose_block(stripe, j, width, to, to_start + j * to_row + p, to_row)
+
+
+@mover
+def pack_tiles(x, start, stride, tiles, depth, to, to_start, size):
+    """Tiles of transposed A, size apart in `to`: to[p, i] = x_p[i]. A row of x is read once for all."""
+    out_of_line()
+    for p in range(depth):
+        row = start + p * stride
+        prefetch_row(x, row + AHEAD * stride, tiles * ROWS, False)
+        for tile in range(tiles):
+            copy_tile_rows(x, row + tile * ROWS, to, to_start + tile * size + p * ROWS)
 
 
 @mover

@@ -109,26 +109,27 @@ def transpose_block(typing, x, x_start, x_row, to, to_start, to_row):
     return signature, generate
 
 
-@intrinsic
-def copy_columns(typing, x, x_start, to, to_start):
-    """Copy two vectors, the width of the register tile."""
-    signature = types.void(x, types.intp, to, types.intp)
+def _copying(count):
+    """An intrinsic that copies so many elements of a size in bytes."""
+    @intrinsic
+    def copy(typing, x, x_start, to, to_start):
+        def generate(context, build, signature, args):
+            x, x_start, to, to_start = args
+            real = context.get_value_type(signature.args[0].dtype)
+            size = context.get_abi_sizeof(real)
+            vector = ir.VectorType(real, count(size)).as_pointer()
+            x = build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start])
+            to = build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start])
+            value = build.load(build.bitcast(x, vector), align=size)
+            build.store(value, build.bitcast(to, vector), align=size)
+            return context.get_dummy_value()
+        return types.void(x, types.intp, to, types.intp), generate
+    return copy
 
-    def generate(context, build, signature, args):
-        x, x_start, to, to_start = args
-        real = context.get_value_type(signature.args[0].dtype)
-        size = context.get_abi_sizeof(real)
-        vector = ir.VectorType(real, TARGET.vector_bytes // size).as_pointer()
-        x = build.bitcast(
-            build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start]), vector)
-        to = build.bitcast(
-            build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start]), vector)
-        for j in range(2):
-            at = [ir.Constant(INDEX, j)]
-            build.store(build.load(build.gep(x, at), align=size), build.gep(to, at), align=size)
-        return context.get_dummy_value()
 
-    return signature, generate
+# Two vectors, the width of the register tile; and as many elements as it has rows.
+copy_columns = _copying(lambda size: 2 * TARGET.vector_bytes // size)
+copy_tile_rows = _copying(lambda size: TARGET.rows)
 
 
 class BFloat(ir.Type):
@@ -289,33 +290,37 @@ def fill_vectors(typing, x, start, first, end, value):
 
 
 @intrinsic
-def stream_rows(typing, x, x_start, x_row, to, to_start, to_row, rows, vectors):
-    """Copy rows of whole vectors past the caches: what is not read again soon need not be fetched to be
-    overwritten, which takes half the time. Places in `to` are aligned to vectors; `finish_streams` ends it.
+def copy_rows(typing, x, x_start, x_row, to, to_start, to_row, rows, past_caches):
+    """Copy rows of two vectors, the width of the register tile.
+
+    past_caches: what is not read again soon need not be fetched to be overwritten, which takes half the time.
+    Places in `to` are then aligned to vectors, and `finish_streams` ends it.
     """
     def generate(context, build, signature, args):
-        x, x_start, x_row, to, to_start, to_row, rows, vectors = args
+        x_row, to_row, rows, past_caches = args[2], args[5], args[6], args[7]
         real = context.get_value_type(signature.args[0].dtype)
         size = context.get_abi_sizeof(real)
         vector = ir.VectorType(real, TARGET.vector_bytes // size)
         once = build.module.add_metadata([ir.Constant(I32, 1)])
+        x, to = (build.gep(context.make_array(signature.args[k])(context, build, args[k]).data, [args[k + 1]])
+                 for k in (0, 3))
 
-        def start_of(position, start):
-            array = context.make_array(signature.args[position])(context, build, args[position])
-            return build.gep(array.data, [start])
+        def row_at(matrix, row, i):
+            return build.bitcast(build.gep(matrix, [build.mul(i, row)]), vector.as_pointer())
 
-        x, to = start_of(0, x_start), start_of(3, to_start)
-        with cgutils.for_range(build, rows) as row:
-            row_of_x = build.bitcast(build.gep(x, [build.mul(row.index, x_row)]), vector.as_pointer())
-            row_of_to = build.bitcast(build.gep(to, [build.mul(row.index, to_row)]), vector.as_pointer())
-            with cgutils.for_range(build, vectors) as j:
-                stored = build.store(build.load(build.gep(row_of_x, [j.index]), align=size),
-                                     build.gep(row_of_to, [j.index]), align=TARGET.vector_bytes)
-                stored.set_metadata("nontemporal", once)
+        with build.if_else(past_caches) as branches:
+            for streams, branch in zip((True, False), branches, strict=True):
+                with branch, cgutils.for_range(build, rows) as step:
+                    for j in (ir.Constant(INDEX, k) for k in range(2)):
+                        value = build.load(build.gep(row_at(x, x_row, step.index), [j]), align=size)
+                        stored = build.store(value, build.gep(row_at(to, to_row, step.index), [j]),
+                                             align=TARGET.vector_bytes if streams else size)
+                        if streams:
+                            stored.set_metadata("nontemporal", once)
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(x, n, n, to, n, n, n, n), generate
+    return types.void(x, n, n, to, n, n, n, types.boolean), generate
 
 
 @intrinsic
