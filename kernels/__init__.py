@@ -5,6 +5,7 @@ C-contiguous, float32 or float64. Each result has the same bits on any number of
 `kernels.memory` recycles.
 """
 from kernels.adamw import adamw, sum_of_squares
+from kernels.add import add
 from kernels.attention import (
     attention_backward,
     attention_forward,
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022 (in the order of a step)
     "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
     "gelu_forward", "gelu_backward", "relu2_forward", "relu2_backward",
     "dropout", "dropout_mask", "flat_mask", "keep_below",
+    "add",
     "cross_entropy_forward", "cross_entropy_backward",
     "sum_of_squares", "adamw", "muon", "orthogonal",
     "set_matmul_precision", "get_matmul_precision", "set_num_threads", "get_num_threads",

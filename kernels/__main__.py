@@ -152,6 +152,7 @@ def cases(n: int = 2048, c: int = 384, heads: int = 6, T: int = 256, vocabulary:
         Case("softmax backward", lambda: K.softmax_backward(dwide, wide), 4 * wide.size, 3 * big),
         Case("GELU forward", lambda: K.gelu_forward(wide), 40 * wide.size, 2 * big),
         Case("GELU backward", lambda: K.gelu_backward(dwide, wide), 55 * wide.size, 3 * big),
+        Case("add", lambda: K.add(dwide, wide), wide.size, 3 * big),
         Case("squared ReLU backward", lambda: K.relu2_backward(dwide, squares), 3 * wide.size, 3 * big),
         Case("dropout", lambda: K.dropout(wide, 0.2, 1), 0, 2 * big),
         Case("cross-entropy forward", lambda: K.cross_entropy_forward(logits, targets), 15 * logits.size,

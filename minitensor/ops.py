@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from kernels import memory
-from minitensor.tensor import Tensor, _common_dtype, _weak, implements, op
+from minitensor.tensor import Tensor, _common_dtype, _weak, add_arrays, implements, op
 
 
 def _values(x: Any) -> Any:
@@ -40,10 +40,11 @@ def add(x, y):
 
 def _sum_of(x: Any, y: Any) -> Any:
     """x + y; of arrays of one dtype in recycled memory, as a residual stream is a sum in every block."""
-    arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
-    if arrays and x.dtype == y.dtype and x.size >= memory.PAGE:
-        return np.add(x, y, out=memory.empty(np.broadcast_shapes(x.shape, y.shape), x.dtype))
-    return np.add(x, y)
+    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray) and x.dtype == y.dtype):
+        return np.add(x, y)
+    if x.shape == y.shape:
+        return add_arrays(x, y)
+    return np.add(x, y, out=memory.empty(np.broadcast_shapes(x.shape, y.shape), x.dtype))
 
 @op(np.subtract)
 def subtract(x, y):

@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+import kernels
 from minitensor import explain
 
 NUMPY: dict[Callable, Callable] = {}        # numpy function -> the op that answers for it
 _np: Any = np                               # numpy as a Tensor meets it: its functions return Tensors
 _serial = itertools.count()                 # one clock for all: of nodes, and of changes to .data
 _last_change = 0
+SHARED = 1 << 16                            # elements whose sum is worth a second thread
 
 
 class _State(threading.local):
@@ -440,6 +442,13 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
 
 
+def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """x + y, in out if that is given; by a kernel, on all threads, where there is something to share."""
+    if x.size >= SHARED and x.shape == y.shape and x.dtype == y.dtype and x.flags.carray and y.flags.carray:
+        return kernels.add(x, y, out)
+    return np.add(x, y, out=out)
+
+
 def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph: bool,
           create_graph: bool) -> list[tuple[Tensor, Any, bool]]:
     """Pull the gradient of output back: (tensor, gradient, owned) for every leaf and every wanted tensor.
@@ -461,9 +470,9 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             for observer in _state.observers:
                 observer.added(x, before, g)
             if owned_before and not create_graph and isinstance(before, np.ndarray):    # not a numpy scalar
-                g = np.add(before, g, out=before)
+                g = add_arrays(before, g, before)
             elif owned and not create_graph and isinstance(g, np.ndarray):
-                g = np.add(before, g, out=g)
+                g = add_arrays(before, g, g)
             else:
                 g = before + g
             owned = True

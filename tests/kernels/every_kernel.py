@@ -79,6 +79,11 @@ def gelu(dtype):
                  for r in (K.gelu_forward(x, approximate), K.gelu_backward(dy, x, approximate)))
 
 
+def add(dtype):
+    x, y = normal(N, C, dtype=dtype), normal(N, C, dtype=dtype, seed=1)
+    return K.add(x, y), K.add(x, y, x)
+
+
 def relu2(dtype):
     x, dy = normal(N, C, dtype=dtype), normal(N, C, dtype=dtype, seed=1)
     y = K.relu2_forward(x)
@@ -113,7 +118,7 @@ def muon(dtype):
     return *p, *b, K.orthogonal(normal(3, 33, 20, dtype=dtype)), K.orthogonal(normal(3, 20, C, dtype=dtype))
 
 
-CASES = [embedding, layernorm, matmul, linear, rotary, attention, cross_attention, softmax, gelu, relu2,
+CASES = [embedding, layernorm, matmul, linear, rotary, attention, cross_attention, softmax, gelu, relu2, add,
          dropout, cross_entropy, adamw, muon]
 
 

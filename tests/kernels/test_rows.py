@@ -592,6 +592,7 @@ ARGUMENTS = [
     (K.relu2_forward, {"x": X}, {}),
     (K.relu2_backward, {"dy": X, "y": X}, {"y": [(3, 4), (12,)]}),
     (lambda x: K.dropout(x, 0.5, 1), {"x": X}, {}),
+    (K.add, {"x": X, "y": X, "out": X}, {"y": [(3, 4), (12,)], "out": [(3, 4), (3,)]}),
     (K.cross_entropy_forward, {"logits": X, "targets": IDS},
      {"logits": [(3,)], "targets": [(3,), (4, 1), ()]}),
     (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": np.ones((4, 2))},

@@ -1,0 +1,38 @@
+"""The sum of two arrays: a residual stream, or a gradient that comes from two sides.
+
+    z = x + y            dx = dy = dz
+"""
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels.check import check
+from kernels.jit import flat_tasks, helper, kernel, launch
+
+
+def add(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """x and y of one shape -> x + y, in out if that is given, which may be x or y."""
+    check("add", "x", x)
+    check("add", "y", y, x.shape, like=x)
+    if out is None:
+        out = memory.empty(x.shape, x.dtype)
+    else:
+        check("add", "out", out, x.shape, like=x)
+    launch(_add, flat_tasks(x.size), x.reshape(-1), y.reshape(-1), out.reshape(-1))
+    return out
+
+
+@kernel
+def _add(x, y, out, tasks):
+    for index in prange(tasks):
+        task = np.int64(index)
+        first, last = x.size * task // tasks, x.size * (task + 1) // tasks
+        add_row(x[first:last], y[first:last], out[first:last])
+
+
+@helper
+def add_row(x, y, out):
+    for i in range(x.size):
+        out[i] = x[i] + y[i]
