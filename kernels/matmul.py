@@ -47,7 +47,7 @@ BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
 BLOCK_K_TILES = 384
 BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
 BLOCK_M = 1024              # rows of A in a task, at the most
-NEAR = 32                   # panels of B for a block of rows: 32 of 192 x 32 pairs are 768 KB, in that cache
+NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 GROUP = 2                   # register tiles of A, or panels of B, that are copied at a time
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
@@ -219,10 +219,13 @@ class _Plan(NamedTuple):
     batch_b: int
     blocks: int              # of rows of register tiles, and chunks of panels: a task for each pair
     chunks: int
+    block_n: int             # columns of B at a time
+    near: int                # panels that rows go by at a time
     rows: int                # of a register tile, and its width
     width: int
     first_copied: int        # the first tile of rows of A that is copied, not read where it is
     shared: int              # so many tiles are copied for all tasks; 0: each task copies its own
+    own_b: bool              # each task copies its panels of B
     parts: int               # of K, of so many elements
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
@@ -237,7 +240,7 @@ def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype:
     of its tasks, and where in its scratch the copies of A and B end, and it itself. row_of_a: in bytes.
     """
     rows, width = height(bf16), columns(dtype)
-    tall, panels = -(-m // rows), -(-min(n, BLOCK_N) // width)
+    tall, panels = -(-m // rows), -(-n // width)
     streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0
     parts = max(1, -(-k // (BLOCK_K_TILES if bf16 and TILES and not streams else BLOCK_K)))
     depth = -(-k // parts)
@@ -247,7 +250,8 @@ def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype:
     choices = []
     for chunks in itertools.takewhile(lambda c: c <= min(panels, wanted), (2**i for i in itertools.count())):
         blocks = max(-(-m // BLOCK_M), min(tall, -(-wanted // chunks)))
-        read = min(n, BLOCK_N) * blocks + m * (2 if chunks == 1 else 4 + chunks)
+        read = sum(size * (2 if readers == 1 else 4 + readers)              # a shared copy is written, and
+                   for size, readers in ((m, chunks), (n, blocks)))                             # read by each
         choices.append((-min(wanted, blocks * chunks), read, blocks, chunks))
     _, _, blocks, chunks = min(choices)
     # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
@@ -257,10 +261,14 @@ def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype:
     # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
     shared = tall - first_copied if chunks > 1 else 0
     copies = batch_a * parts * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
+    own_b = blocks == 1 and batch_b == count
+    block_n = n if own_b else min(n, BLOCK_N)
+    panels = -(-block_n // width)
+    near = min(-(-panels // chunks), NEAR // (size_b * dtype.itemsize) or 1) if size_b else panels
     end_a = copies * size_a
-    end_b = end_a + batch_b * parts * panels * size_b
-    plan = _Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks, rows, width,
-                 first_copied, shared, parts, depth, size_a, size_b)
+    end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
+    plan = _Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks, block_n,
+                 near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b)
     room = end_b + max_threads() * 2 * rows * width
     return tuple(plan), count * blocks * chunks, end_a, end_b, room
 
@@ -269,10 +277,10 @@ def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype:
 def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, activated, activation, tasks):
     plan, n = _Plan(*sizes), c.shape[2]
     groups = (plan.shared + GROUP - 1) // GROUP
-    for n0 in range(0, n, BLOCK_N):
-        panels = (min(BLOCK_N, n - n0) + plan.width - 1) // plan.width
+    for n0 in range(0, n, plan.block_n):
+        panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
         copies_a = plan.batch_a * plan.parts * groups if n0 == 0 else 0
-        copies_b = plan.batch_b * plan.parts * ((panels + GROUP - 1) // GROUP)
+        copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * ((panels + GROUP - 1) // GROUP)
         for index in prange(copies_a + copies_b):
             task = np.int64(index)
             place = task - (copies_b + 1) // 2      # A's are in the middle, where two threads part as below
@@ -281,7 +289,7 @@ def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, acti
             else:
                 pack_stack(b, packed_b, task if place < 0 else task - copies_a, panels, n0, n, k, plan)
         for index in prange(tasks):
-            multiply_task(a, packed_a, packed_b, c, k, n0, panels, np.int64(index), plan,
+            multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, np.int64(index), plan,
                           edges[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
     if plan.half:
         stripes = (n + plan.width - 1) // plan.width
@@ -391,7 +399,7 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
 
 
 @helper
-def multiply_task(a, packed_a, packed_b, c, k, n0, panels, task, plan, edges, thread, bias, activated,
+def multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, task, plan, edges, thread, bias, activated,
                   activation):
     """One block of rows times one chunk of panels, part by part of K, while its part of C is near."""
     batch, block = task // (plan.blocks * plan.chunks), task // plan.chunks % plan.blocks
@@ -411,16 +419,24 @@ def multiply_task(a, packed_a, packed_b, c, k, n0, panels, task, plan, edges, th
             copy = thread * own - copied
             pack_block(a[batch_a], packed_a, copy * plan.size_a, copied, i1, plan.rows, m, k0, depth,
                        plan.size_a, plan.transpose_a, plan.bf16)
-        multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
-                       (batch_b * plan.parts + part) * panels * plan.size_b, c[batch], i0, i1, k0, depth, n0,
-                       first, last, plan, part + 1 == plan.parts, edges, bias,
-                       activated[batch] if len(activated) else c[batch, :0], activation)
+        start_b = thread * plan.near if plan.own_b else (batch_b * plan.parts + part) * panels
+        for panel in range(first, last, plan.near):
+            end = min(last, panel + plan.near)
+            if plan.own_b:
+                for near in range(panel, end):
+                    pack_b(b, packed_b, (start_b + near - panel) * plan.size_b, batch_b,
+                           n0 + near * plan.width, c.shape[2], k0, k, depth, plan.width, plan.transpose_b,
+                           plan.bf16)
+            multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
+                           (start_b + (0 if plan.own_b else panel)) * plan.size_b, c[batch], i0, i1, k0,
+                           depth, n0 + panel * plan.width, end - panel, plan, part + 1 == plan.parts, edges,
+                           bias, activated[batch] if len(activated) else c[batch, :0], activation)
 
 
 @helper
-def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, n0, first, last, plan, ends, edges,
+def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, panels, plan, ends, edges,
                    bias, activated, activation):
-    """Register tiles i0 to i1 and panels first to last of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
+    """Register tiles i0 to i1, panels of columns from j0 on of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
     ends: K does, so that C is whole. edges: scratch for tiles that reach beyond C, or go on to an activation
     or past the caches.
@@ -429,42 +445,40 @@ def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, n0, f
     edge, active_edge = edges[0], edges[1]
     active, streams = ends and len(activated) > 0, ends and plan.streams
     start_tiles(plan.bf16)
-    for panel0 in range(first, last, NEAR):
-        for tile in range(i0, i1):
-            i = tile * rows
-            if tile < plan.first_copied:
-                a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
-            elif plan.transpose_a and not (plan.bf16 and TILES):
-                a_at, row, step = address(packed_a, start_a + tile * plan.size_a), 1, rows
-            else:
-                a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
-            seen = max(panel0, (i - n0) // width) if plan.half else panel0
-            for panel in range(seen, min(last, panel0 + NEAR)):
-                j = n0 + panel * width
-                inside = i + rows <= m and j + width <= n
-                before, before_row = 0, 0
-                if not inside:
-                    for r in range(min(rows, m - i)):
-                        for s in range(min(width, n - j)):
-                            old = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
-                            edge[r * width + s] = old
-                    before, before_row = address(edge, 0), width
-                elif k0 > 0:
-                    before, before_row = address(c, i * n + j), n
-                elif bias.size:
-                    before = address(bias, j)
-                direct = inside and not active and not streams
-                to, to_row = (address(c, i * n + j), n) if direct else (address(edge, 0), width)
-                b_at, wide = address(b, start_b + panel * plan.size_b), inside or 2 * (n - j) > width
-                register_tile(c, a_at, row, step, b_at, width, to, to_row, deep, before, before_row, wide,
-                              plan.bf16)
-                if active and activation == RELU2:
-                    relu2_row(edge, edge)
-                elif active:
-                    gelu_row(edge, active_edge, activation == GELU_TANH)
-                    place_tile(active_edge, rows, width, activated, i, j, inside, streams)
-                if not direct:
-                    place_tile(edge, rows, width, c, i, j, inside, streams)
+    for tile in range(i0, i1):
+        i = tile * rows
+        if tile < plan.first_copied:
+            a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
+        elif plan.transpose_a and not (plan.bf16 and TILES):
+            a_at, row, step = address(packed_a, start_a + tile * plan.size_a), 1, rows
+        else:
+            a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
+        for panel in range(max(0, (i - j0) // width) if plan.half else 0, panels):
+            j = j0 + panel * width
+            inside = i + rows <= m and j + width <= n
+            before, before_row = 0, 0
+            if not inside:
+                for r in range(min(rows, m - i)):
+                    for s in range(min(width, n - j)):
+                        old = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
+                        edge[r * width + s] = old
+                before, before_row = address(edge, 0), width
+            elif k0 > 0:
+                before, before_row = address(c, i * n + j), n
+            elif bias.size:
+                before = address(bias, j)
+            direct = inside and not active and not streams
+            to, to_row = (address(c, i * n + j), n) if direct else (address(edge, 0), width)
+            b_at, wide = address(b, start_b + panel * plan.size_b), inside or 2 * (n - j) > width
+            register_tile(c, a_at, row, step, b_at, width, to, to_row, deep, before, before_row, wide,
+                          plan.bf16)
+            if active and activation == RELU2:
+                relu2_row(edge, edge)
+            elif active:
+                gelu_row(edge, active_edge, activation == GELU_TANH)
+                place_tile(active_edge, rows, width, activated, i, j, inside, streams)
+            if not direct:
+                place_tile(edge, rows, width, c, i, j, inside, streams)
     stop_tiles(plan.bf16)
     if streams:
         finish_streams()
