@@ -55,7 +55,7 @@ from kernels.blocks import (
     unpack_rows,
 )
 from kernels.check import check
-from kernels.dropout import U32, U64, keep_below, kept, row_key, start_of
+from kernels.dropout import halves, keep_below, kept, start_of
 from kernels.elementary import exp_below
 from kernels.jit import helper, kernel, launch, max_threads, mover
 from kernels.matmul import get_matmul_precision
@@ -248,7 +248,7 @@ def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks,
 @helper
 def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread, paired):
     """One head of one sequence. paired: as `_paired` has it."""
-    limit, kept_scale, start_of_rows = dropout
+    kept_scale = dropout[1]
     tile, padded, block, most = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
@@ -290,7 +290,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
                     hide(scores[i], n, visible[j0:j0 + count], lowest)
                 weigh(scores, i, n, tops, sums, paired)
                 if kept_scale != one:
-                    drop(scores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
+                    drop(scores, i, n, dropout, task * time + i0 + i, j0, paired)
             if paired is not None:
                 pair_rows(scores, rows)
             multiply_rows(scores, block, values, elements(j0, paired) * padded, sums, 0, padded,
@@ -365,7 +365,7 @@ def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, 
 def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, dropout, blocks, scratch,
                   thread, paired):
     """As `head_forward`."""
-    limit, kept_scale, start_of_rows = dropout
+    kept_scale = dropout[1]
     tile, padded, block, most = blocks
     queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
     deltas = scratch[3][thread]
@@ -419,13 +419,13 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
             for i in range(rows):
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
-                    drop(dscores[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
-                weigh_backward(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], paired)
+                    weigh_backward_dropped(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], dropout,
+                                           task * time + i0 + i, j0, paired)
+                else:
+                    weigh_backward(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], paired)
                 if visible.size:
                     hide(weights[i], n, visible[j0:j0 + count], zero)
                     hide(dscores[i], n, visible[j0:j0 + count], zero)
-                if kept_scale != one:
-                    drop(weights[i], n, limit, kept_scale, start_of_rows, task * time + i0 + i, j0)
             if paired is not None:
                 for x, pairs in ((weights, weight_pairs), (dscores, dscore_pairs)):
                     pair_down(x.reshape(-1), 0, block_rows, block_rows, rows, pairs, block_rows)
@@ -457,14 +457,34 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
 @helper
 def weigh_backward(weights, dscores, i, n, norm, delta, paired):
     """p = exp(s - n), ds = p (dp - δ), in place of s and dp of query i, for n keys; 0 for the others."""
-    start, end = i * weights.shape[1], read(n, weights.shape[1], paired)
-    fill_vectors(weights, start, n, end, weights.dtype.type(-math.inf))
-    fill_vectors(dscores, start, n, end, weights.dtype.type(0))
-    base = norm if norm > -math.inf else weights.dtype.type(0)       # of a query that sees no key
+    base, end = end_backward(weights, dscores, i, n, norm, paired)
     for j in range(end):
         p = exp_below(weights[i, j] - base)
         weights[i, j] = p
         dscores[i, j] = p * (dscores[i, j] - delta)
+
+
+@helper
+def weigh_backward_dropped(weights, dscores, i, n, norm, delta, dropout, mask_row, first_column, paired):
+    """As that, with dropout of dp, and of p for the sums of dv."""
+    limit, kept_scale, start = dropout
+    low, high = halves(start, mask_row)
+    base, end = end_backward(weights, dscores, i, n, norm, paired)
+    zero = weights.dtype.type(0)
+    for j in range(end):
+        p = exp_below(weights[i, j] - base)
+        stays = kept(low, high, first_column + j, limit)
+        weights[i, j] = p * kept_scale if stays else zero
+        dscores[i, j] = p * ((dscores[i, j] * kept_scale if stays else zero) - delta)
+
+
+@helper
+def end_backward(weights, dscores, i, n, norm, paired):
+    """What makes weights and dscores 0 from n on; the norm, or 0 for a query that sees no key; the end."""
+    start, end = i * weights.shape[1], read(n, weights.shape[1], paired)
+    fill_vectors(weights, start, n, end, weights.dtype.type(-math.inf))
+    fill_vectors(dscores, start, n, end, weights.dtype.type(0))
+    return norm if norm > -math.inf else weights.dtype.type(0), end
 
 
 @helper
@@ -485,11 +505,11 @@ def hide(row, n, visible, value):
 
 
 @mover
-def drop(weights, n, limit, kept_scale, start, mask_row, first_column):
-    """Dropout of the first n of a row of weights."""
+def drop(weights, i, n, dropout, mask_row, first_column, paired):
+    """Dropout of the first n of row i of weights, behind which are zeros."""
     out_of_line()
-    key = row_key(start, mask_row)
-    low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
+    limit, kept_scale, start = dropout
+    low, high = halves(start, mask_row)
     zero = weights.dtype.type(0)
-    for j in range(n):
-        weights[j] = weights[j] * kept_scale if kept(low, high, first_column + j, limit) else zero
+    for j in range(read(n, weights.shape[1], paired)):
+        weights[i, j] = weights[i, j] * kept_scale if kept(low, high, first_column + j, limit) else zero

@@ -80,6 +80,13 @@ def row_key(start, row):
 
 
 @helper
+def halves(start, row):
+    """The halves of a row's key, for `kept`."""
+    key = row_key(start, row)
+    return U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
+
+
+@helper
 def kept(low, high, column, limit):
     """Whether the column of a row is kept; low, high: the halves of the row's key."""
     h = U32(U32(column) * STEP + low)
@@ -96,11 +103,11 @@ def _dropout(x, limit, scale, start, y, tasks):
         task = np.int64(index)
         for row in range(rows * task // tasks, rows * (task + 1) // tasks):
             first, last = row * ROW, min(x.size, (row + 1) * ROW)
-            dropout_row(x[first:last], y[first:last], row_key(start, row), limit, scale)
+            low, high = halves(start, row)
+            dropout_row(x[first:last], y[first:last], low, high, limit, scale)
 
 
 @helper
-def dropout_row(x, y, key, limit, scale):
-    low, high = U32(key & U64(0xFFFFFFFF)), U32(key >> U64(32))
+def dropout_row(x, y, low, high, limit, scale):
     for j in range(x.size):
         y[j] = x[j] * scale if kept(low, high, j, limit) else x.dtype.type(0)

@@ -2,26 +2,25 @@
 
     y = x Wᵀ          dx = dy W          dW = dyᵀ x
 
-B is copied once into panels as wide as the register tile, so that the tile reads it in order. A is read where
-it is, but for a last partial tile of rows, and for rows whose distance makes them share a few sets of the
-cache; for products in bfloat16 both are copied, and rounded on the way. Blocks of K keep a panel of B near;
-blocks of rows keep A in the second-level cache. Every sum over K runs in the same order however C is cut up,
-so the bits do not depend on the number of threads.
+B is copied into panels as wide as the register tile, so that the tile reads it in order. A is read where it
+is, but for a last partial tile of rows, and where it is transposed or its rows share a few sets of the cache;
+for products in bfloat16 both are copied, and rounded on the way. `kernels.plan` cuts C into tasks. Every sum
+over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+
+A large C goes past the caches: it would not be there when it is read, and a line that is not fetched to be
+overwritten takes half the time.
 """
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import threading
-from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.amx import PAIRS, start_tiles, stop_tiles
+from kernels.amx import start_tiles, stop_tiles
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
@@ -37,25 +36,12 @@ from kernels.pack import (
     pair_tiles,
     pair_transposed,
 )
+from kernels.plan import Plan, plan_product, steps
 from kernels.relu2 import relu2_row
-from kernels.simd import LANES, LINE, ROUNDS, address, copy_rows, finish_streams, out_of_line
-from kernels.tile import columns, height, register_tile
+from kernels.simd import LANES, ROUNDS, address, copy_rows, finish_streams, out_of_line
+from kernels.tile import register_tile
 
-# Depth of a panel of B: 24 KB of 32-byte vectors, for the first-level cache. Of 64-byte vectors it comes from
-# the second, which is fast enough, as a step takes 14 cycles or more.
-BLOCK_K = 768 if TARGET.vector_bytes == 64 else 384
-BLOCK_K_TILES = 384
-BLOCK_N = 4096              # columns of packed B: 768 x 4096 floats are 12 MB, in the last-level cache
-BLOCK_M = 1024              # rows of A in a task, at the most
-NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 GROUP = 2                   # register tiles of A, or panels of B, that are copied at a time
-SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
-                            # too, for the last vector that `pair_columns` and `pair_tiles` write
-ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
-TASKS = 2                   # for each thread
-SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
-LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
@@ -73,8 +59,8 @@ def set_matmul_precision(precision: str) -> None:
     """How `matmul`, `linear_forward` and attention multiply float32 in this thread: "highest" in float32,
     "bf16" with operands rounded to bfloat16 (relative error up to 2**-8 of each product).
 
-    Sums are float32 either way; float64 and column sums are as always, as is attention of fewer than 192
-    keys, under a mask, or on a CPU with a tile unit. RuntimeError where there are no such products.
+    Sums are float32 either way; float64 and column sums are as always, as is attention under a mask, or of
+    few keys (fewer than 192, on a tile unit 128). RuntimeError where there are no such products.
     """
     if precision not in ("highest", "bf16"):
         raise ValueError(f"set_matmul_precision: precision is {precision!r}; it must be 'highest' or 'bf16'")
@@ -199,8 +185,9 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
-    sizes, tasks, end_a, end_b, room = _plan(count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a,
-                                             transpose_b, a.strides[1], mirrored is not None)
+    sizes, tasks, end_a, end_b, room = plan_product(
+        count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a, transpose_b, a.strides[1],
+        mirrored is not None)
     scratch = memory.empty(room, c.dtype)
     none = c[:0]
     launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, tuple(map(c.dtype.type, mirrored or (1, 0))),
@@ -208,74 +195,9 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
            none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
 
 
-class _Plan(NamedTuple):
-    """How a product is cut up."""
-    transpose_a: bool
-    transpose_b: bool
-    bf16: bool
-    half: bool               # leave out register tiles below the diagonal
-    streams: bool            # C goes past the caches, once it is whole
-    batch_a: int             # different A and B
-    batch_b: int
-    blocks: int              # of rows of register tiles, and chunks of panels: a task for each pair
-    chunks: int
-    block_n: int             # columns of B at a time
-    near: int                # panels that rows go by at a time
-    rows: int                # of a register tile, and its width
-    width: int
-    first_copied: int        # the first tile of rows of A that is copied, not read where it is
-    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own
-    own_b: bool              # each task copies its panels of B
-    parts: int               # of K, of so many elements
-    depth: int
-    size_a: int              # of the copy of a tile of rows of A, and of a panel of B
-    size_b: int
-
-
-@functools.lru_cache(4096)
-def _plan(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
-          transpose_a: bool, transpose_b: bool, row_of_a: int,
-          half: bool) -> tuple[tuple, int, int, int, int]:
-    """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
-    of its tasks, and where in its scratch the copies of A and B end, and it itself. row_of_a: in bytes.
-    """
-    rows, width = height(bf16), columns(dtype)
-    tall, panels = -(-m // rows), -(-n // width)
-    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0
-    parts = max(1, -(-k // (BLOCK_K_TILES if bf16 and TILES and not streams else BLOCK_K)))
-    depth = -(-k // parts)
-    depth += depth % 2 if bf16 else 0                                   # whole pairs
-    # As many tasks as wanted, so that all together read least: each reads its rows of A and columns of B.
-    wanted = -(-TASKS * max_threads() // count) if m * n * k >= SMALL else 1
-    choices = []
-    for chunks in itertools.takewhile(lambda c: c <= min(panels, wanted), (2**i for i in itertools.count())):
-        blocks = max(-(-m // BLOCK_M), min(tall, -(-wanted // chunks)))
-        read = sum(size * (2 if readers == 1 else 4 + readers)              # a shared copy is written, and
-                   for size, readers in ((m, chunks), (n, blocks)))                             # read by each
-        choices.append((-min(wanted, blocks * chunks), read, blocks, chunks))
-    _, _, blocks, chunks = min(choices)
-    # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
-    first_copied = m // rows if row_of_a % SAME_SET and not bf16 and not transpose_a else 0
-    deep = steps.py_func(depth, bf16)
-    size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
-    # A block that many tasks need is copied for all of them; else by its task, into the cache of its core.
-    shared = tall - first_copied if chunks > 1 else 0
-    copies = batch_a * parts * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
-    own_b = blocks == 1 and batch_b == count
-    block_n = n if own_b else min(n, BLOCK_N)
-    panels = -(-block_n // width)
-    near = min(-(-panels // chunks), NEAR // (size_b * dtype.itemsize) or 1) if size_b else panels
-    end_a = copies * size_a
-    end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
-    plan = _Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks, block_n,
-                 near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b)
-    room = end_b + max_threads() * 2 * rows * width
-    return tuple(plan), count * blocks * chunks, end_a, end_b, room
-
-
 @kernel
 def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, activated, activation, tasks):
-    plan, n = _Plan(*sizes), c.shape[2]
+    plan, n = Plan(*sizes), c.shape[2]
     groups = (plan.shared + GROUP - 1) // GROUP
     for n0 in range(0, n, plan.block_n):
         panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
@@ -296,15 +218,6 @@ def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, acti
         for index in prange(len(c) * stripes):
             task, (scale, shift) = np.int64(index), mirrored
             mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, scale, shift)
-
-
-@helper
-def steps(depth, bf16):
-    """Of the register tile, for so many k: those of the tile unit come sixteen at a time."""
-    if not bf16:
-        return depth
-    pairs = (depth + 1) // 2
-    return (pairs + PAIRS - 1) // PAIRS * PAIRS if TILES else pairs
 
 
 @helper

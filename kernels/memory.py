@@ -34,8 +34,7 @@ class _Lease(np.ndarray):
 
 def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """An uninitialised C-contiguous array, aligned to a page, in recycled memory."""
-    dtype = np.dtype(dtype)
-    step = _step(dtype.itemsize * (math.prod(shape) if isinstance(shape, tuple) else shape))
+    step = _step_of(shape, dtype)
     for near in range(step, step + 5):
         try:
             buffer = _free[near].pop()
@@ -65,6 +64,10 @@ def release() -> None:
 
 
 @functools.lru_cache(4096)
+def _step_of(shape: int | tuple[int, ...], dtype: Any) -> int:
+    return _step(np.dtype(dtype).itemsize * (math.prod(shape) if isinstance(shape, tuple) else shape))
+
+
 def _step(size: int) -> int:
     """The smallest step whose buffer holds size bytes (at least a page)."""
     octave = max(size - 1, PAGE - 1).bit_length() - 1

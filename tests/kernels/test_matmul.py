@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
+from kernels import plan
 from kernels.cpu import TARGET
 from kernels.matmul import symmetric_matmul
 
@@ -16,7 +17,7 @@ BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ODD = (1, 2, 3, 31, 33, 65, 127)
 # A Latin square: every pair of sizes for M and K, K and N, M and N.
 SQUARE = [(m, ODD[(i + j) % len(ODD)], n) for i, m in enumerate(ODD) for j, n in enumerate(ODD)]
-# Around what the kernel cuts K (384 or 512), N (4096) and M (16 register tiles of 6 or 14 rows) into, and
+# Around what K is cut into (384 or 768), and numbers of rows and columns that are no whole tiles, or nearly; and
 # rows that lie a multiple of 4096 bytes apart.
 EDGES = [(m, 9, 40) for m in (5, 6, 7, 13, 14, 15, 95, 96, 97, 223, 224, 225)]
 EDGES += [(9, k, 40) for k in (383, 384, 385, 511, 512, 513, 1023, 1024, 1025)]
@@ -108,6 +109,65 @@ def test_same_bits_on_one_and_two_threads(dtype, one_and_two_threads, same_bits)
             product = kernels.matmul(a, b, transpose_b=True)
             return product, *kernels.linear_forward(a, b, bias, "gelu_tanh"), kernels.column_sum(a)
         same_bits(*one_and_two_threads(run), f"{m}, {k}, {n}")
+
+
+CUTS = [{"FAR": 1}, {"NEAR": 1}, {"LARGE": 1}, {"TALLEST": 20}, {"TASKS": 1}, {"TASKS": 20},
+        {"TASKS": 8, "FAR": 1, "NEAR": 1}, {"TALLEST": 33, "LARGE": 1, "FAR": 1}]
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """A function that has products cut up by other numbers; with none, by the usual ones."""
+    def by(**numbers):
+        monkeypatch.undo()
+        for name, value in numbers.items():
+            monkeypatch.setattr(plan, name, value)
+        plan.plan_product.cache_clear()
+    yield by
+    by()
+
+
+def many_products(dtype):
+    """Of many or few rows, columns and k, transposed or not, in batches, with epilogues."""
+    results = []
+    for m, k, n in [(70, 33, 140), (20, 100, 300), (140, 50, 20), (65, 1600, 64), (3, 900, 96)]:
+        a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype)
+        results += [product(a, b, *swaps) for swaps in itertools.product([False, True], repeat=2)]
+        for activation in ACTIVATIONS:
+            results += kernels.linear_forward(a, swapped(b), normal(n, dtype=dtype), activation)
+    many, few = normal(5, 70, 40, dtype=dtype), normal(40, 96, dtype=dtype)
+    return [*results, kernels.matmul(many, few), kernels.matmul(many, swapped(many)),
+            symmetric_matmul(many, many, transpose_b=True)]
+
+
+@BOTH
+def test_the_bits_are_the_same_however_a_result_is_cut_up(dtype, cut, poison, same_bits):
+    expected = many_products(dtype)
+    for numbers in CUTS:
+        cut(**numbers)
+        poison()
+        same_bits(many_products(dtype), expected, numbers)
+
+
+def test_bf16_bits_are_the_same_however_a_result_is_cut_up(bf16, cut, poison, same_bits):
+    cut(DEPTH_TILES=plan.DEPTH)                               # which large results have anyway
+    expected = many_products(np.float32)
+    for numbers in CUTS:
+        cut(DEPTH_TILES=plan.DEPTH, **numbers)
+        poison()
+        same_bits(many_products(np.float32), expected, numbers)
+
+
+@BOTH
+@pytest.mark.parametrize("depth", [1, 2, 30, 64])
+def test_any_depth_of_the_parts_of_k_will_do(dtype, depth, cut, poison, close):
+    for m, k, n in [(33, 65, 70), (20, 90, 300), (140, 50, 20)]:
+        a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype)
+        for numbers in ({}, {"LARGE": 1}, {"TASKS": 1}):
+            cut(DEPTH=depth, **numbers)
+            poison()
+            for swaps in itertools.product([False, True], repeat=2):
+                check_product(close, product(a, b, *swaps), a, b)
 
 
 @BOTH

@@ -1,0 +1,113 @@
+"""How a matrix product is cut up: into parts of K, and C into tasks of some rows by some columns.
+
+A task goes through K part by part, while its part of C is near. What it reads of A and B it copies itself,
+into the cache of its core, if it is the only one to read it; else all copies are made first, by all threads.
+"""
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.amx import PAIRS
+from kernels.cpu import TARGET
+from kernels.jit import helper, max_threads
+from kernels.simd import LINE
+from kernels.tile import columns, height
+
+# Depth of a part of K. A panel of B of 32-byte vectors is then 24 KB, for the first-level cache. Of 64-byte
+# vectors it comes from the second, which is fast enough, as a step takes 14 cycles or more; but not for the
+# tile unit, unless what it costs to add to C in memory once more is more.
+DEPTH = 768 if TARGET.vector_bytes == 64 else 384
+DEPTH_TILES = 384
+TALLEST = 1024              # rows of a task
+NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
+FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache
+LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
+SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
+PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
+                            # too, for the last vector that `pair_columns` and `pair_tiles` write
+ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
+TASKS = 2                   # for each thread
+SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+
+
+class Plan(NamedTuple):
+    """What the kernel is told."""
+    transpose_a: bool
+    transpose_b: bool
+    bf16: bool
+    half: bool               # leave out register tiles below the diagonal
+    streams: bool            # C goes past the caches, once it is whole
+    batch_a: int             # different A and B
+    batch_b: int
+    blocks: int              # of rows of register tiles, and chunks of panels: a task for each pair
+    chunks: int
+    block_n: int             # columns of B at a time
+    near: int                # panels that rows go by at a time
+    rows: int                # of a register tile, and its width
+    width: int
+    first_copied: int        # the first tile of rows of A that is copied, not read where it is
+    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own
+    own_b: bool              # each task copies its panels of B
+    parts: int               # of K, of so many elements
+    depth: int
+    size_a: int              # of the copy of a tile of rows of A, and of a panel of B
+    size_b: int
+
+
+@helper
+def steps(depth, bf16):
+    """Of the register tile, for so many k: those of the tile unit come sixteen at a time."""
+    if not bf16:
+        return depth
+    pairs = (depth + 1) // 2
+    return (pairs + PAIRS - 1) // PAIRS * PAIRS if TARGET.tiles else pairs
+
+
+@functools.lru_cache(4096)
+def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
+                 transpose_a: bool, transpose_b: bool, row_of_a: int,
+                 half: bool) -> tuple[tuple, int, int, int, int]:
+    """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
+    of its tasks, and where in its scratch the copies of A and B end, and it itself. row_of_a: in bytes.
+    """
+    rows, width = height(bf16), columns(dtype)
+    tall, panels = -(-m // rows), -(-n // width)
+    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0
+    parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH)))
+    depth = -(-k // parts)
+    depth += depth % 2 if bf16 else 0                                   # whole pairs
+    wanted = -(-TASKS * max_threads() // count) if m * n * k >= SMALL else 1
+    blocks, chunks = _tasks(m, n, tall, panels, wanted)
+    # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
+    first_copied = m // rows if row_of_a % SAME_SET and not bf16 and not transpose_a else 0
+    shared = tall - first_copied if chunks > 1 else 0
+    deep = steps.py_func(depth, bf16)
+    size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
+    copies_a = batch_a * parts * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
+    own_b = blocks == 1 and batch_b == count
+    bytes_b = size_b * dtype.itemsize or 1
+    if not own_b:
+        panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
+    near = min(-(-panels // chunks), max(1, NEAR // bytes_b))
+    end_a = copies_a * size_a
+    end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
+    plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks,
+                panels * width, near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b)
+    return tuple(plan), count * blocks * chunks, end_a, end_b, end_b + max_threads() * 2 * rows * width
+
+
+def _tasks(m: int, n: int, tall: int, panels: int, wanted: int) -> tuple[int, int]:
+    """Blocks of rows and chunks of columns, as many tasks as wanted, so that all together move least: an
+    operand with one reader is read once; else a copy is written, and read by each.
+    """
+    choices, chunks = [], 1
+    while chunks <= min(panels, wanted):
+        blocks = max(-(-m // TALLEST), min(tall, -(-wanted // chunks)))
+        moved = sum(size * (2 if readers == 1 else 4 + readers)
+                    for size, readers in ((m, chunks), (n, blocks)))
+        choices.append((-min(wanted, blocks * chunks), moved, blocks, chunks))
+        chunks *= 2
+    return min(choices)[2:]
