@@ -40,11 +40,10 @@ def add(x, y):
 
 def _sum_of(x: Any, y: Any) -> Any:
     """x + y; of arrays of one dtype in recycled memory, as a residual stream is a sum in every block."""
-    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray) and x.dtype == y.dtype):
-        return np.add(x, y)
-    if x.shape == y.shape:
-        return add_arrays(x, y)
-    return np.add(x, y, out=memory.empty(np.broadcast_shapes(x.shape, y.shape), x.dtype))
+    arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    if arrays and x.dtype == y.dtype and x.size >= memory.PAGE:
+        return add_arrays(x, y, memory.empty(np.broadcast_shapes(x.shape, y.shape), x.dtype))
+    return np.add(x, y)
 
 @op(np.subtract)
 def subtract(x, y):

@@ -442,8 +442,8 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
 
 
-def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """x + y, in out if that is given; by a kernel, on all threads, where there is something to share."""
+def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """out = x + y; by a kernel, on all threads, where there is something to share."""
     if x.size >= SHARED and x.shape == y.shape and x.dtype == y.dtype and x.flags.carray and y.flags.carray:
         return kernels.add(x, y, out)
     return np.add(x, y, out=out)

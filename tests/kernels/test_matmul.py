@@ -17,7 +17,7 @@ BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ODD = (1, 2, 3, 31, 33, 65, 127)
 # A Latin square: every pair of sizes for M and K, K and N, M and N.
 SQUARE = [(m, ODD[(i + j) % len(ODD)], n) for i, m in enumerate(ODD) for j, n in enumerate(ODD)]
-# Around what K is cut into (384 or 768), and numbers of rows and columns that are no whole tiles, or nearly; and
+# Around what K is cut into (384 or 768), sizes that are no whole tiles, or nearly, and
 # rows that lie a multiple of 4096 bytes apart.
 EDGES = [(m, 9, 40) for m in (5, 6, 7, 13, 14, 15, 95, 96, 97, 223, 224, 225)]
 EDGES += [(9, k, 40) for k in (383, 384, 385, 511, 512, 513, 1023, 1024, 1025)]
