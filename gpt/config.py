@@ -80,8 +80,8 @@ _IDEAS: dict[str, Any] = {"positions": "rotary", "qk_norm": True, "mlp": "relu2"
                           "min_lr": 0.0}
 RECIPES = {
     "quick": Config(                                            # the best validation loss that a minute buys
-        context=128, steps=720, lr=1e-2, muon_lr=1.5e-2, momentum=0.9, beta2=0.95, warmup=15, hold=0.35,
-        eval_every=360, **_IDEAS),
+        context=128, steps=850, lr=1e-2, muon_lr=1.5e-2, momentum=0.9, beta2=0.95, warmup=15, hold=0.35,
+        eval_every=425, **_IDEAS),
     "classic": Config(),                                        # nanoGPT's recipe for a CPU
     "modern": Config(                                           # four ideas at classic's size
         token_std=0.15, batch=24, steps=114, lr=1e-2, muon_lr=2.5e-2, momentum=0.75, beta2=0.95, warmup=0,

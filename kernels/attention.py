@@ -38,7 +38,7 @@ from numba import prange
 from kernels import memory
 from kernels.amx import start_tiles, stop_tiles
 from kernels.blocks import (
-    TALL,
+    TILE_ROWS,
     TILES,
     UNROLLED,
     elements,
@@ -62,7 +62,7 @@ from kernels.matmul import get_matmul_precision
 from kernels.simd import LANES, LINE, ROUNDS, fill_vectors, out_of_line, row_max
 from kernels.tile import ROWS, columns
 
-QUERIES = 42, -(-42 // TALL) * TALL          # queries in a block, and in one of pairs: whole register tiles
+QUERIES = tuple(-(-42 // rows) * rows for rows in (ROWS, TILE_ROWS))         # in a block, and in one of pairs
 KEYS = 320                                   # the most keys in a block; rows of 256 would share cache sets
 MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
 
@@ -190,14 +190,15 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
         paired = _paired(keys, q.dtype, sizes.mask)
         _, padded, block, queries = blocks = _blocks(depth, keys, q.dtype, paired)
         rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
-        turned = TILES and paired                                    # see kernels/blocks.py
+        turned = TILES and paired                         # sums over queries are made as cᵀ there
         sums = (padded, block_rows) if turned else (block_rows, padded)
         pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
-        block_pairs = queries // 2 * block_rows + LANES if paired else 0
+        block_pairs = queries // 2 * block_rows if paired else 0     # LANES: so that rows share no cache sets
         scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
                            (block * padded,), (block * padded,), (block, padded),
                            sums, sums, (queries, block_rows), (queries, block_rows),
-                           pairs, pairs, (block_pairs,), (block_pairs,), (block_rows, padded))
+                           pairs, pairs, (block_pairs,), (block_pairs,),
+                           (block_rows, padded) if turned else (0, 0))
         launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
                sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
                sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
@@ -219,7 +220,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _blocks(depth: int, keys: int, dtype: np.dtype, paired: bool | None) -> tuple[int, int, int, int]:
-    """The width of a register tile; in whole tiles, the width of a head, the keys in a block, the queries."""
+    """The width of a register tile; of a head, in whole tiles; how many keys and queries are in a block."""
     tile = columns(dtype)
     return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), UNROLLED), QUERIES[paired is not None]
 
@@ -484,7 +485,7 @@ def end_backward(weights, dscores, i, n, norm, paired):
     start, end = i * weights.shape[1], read(n, weights.shape[1], paired)
     fill_vectors(weights, start, n, end, weights.dtype.type(-math.inf))
     fill_vectors(dscores, start, n, end, weights.dtype.type(0))
-    return norm if norm > -math.inf else weights.dtype.type(0), end
+    return weights.dtype.type(0) if norm == -math.inf else norm, end        # NaN goes on
 
 
 @helper

@@ -21,11 +21,12 @@ from kernels.pack import (
     pair_transposed,
     prefetch_row,
 )
+from kernels.plan import steps
 from kernels.simd import LANES, address, out_of_line, transpose_block
 from kernels.tile import ROWS, height, register_tile
 
 TILES = TARGET.tiles
-TALL = height(True)               # rows of the register tile of pairs
+TILE_ROWS = height(True)               # rows of the register tile of pairs
 UNROLLED = 4 * LANES              # elements that LLVM takes at a time in a loop over a row
 STEP = amx.PAIRS if TILES else 1  # and its pairs come in so many
 
@@ -33,20 +34,20 @@ STEP = amx.PAIRS if TILES else 1  # and its pairs come in so many
 @helper
 def elements(n, paired):
     """That n values take: themselves, or whole steps of pairs."""
-    return n if paired is None else (n + 2 * STEP - 1) // (2 * STEP) * STEP
+    return n if paired is None else steps(n, True)
 
 
 @helper
-def tall(paired):
-    return ROWS if paired is None else TALL
+def tile_rows(paired):
+    return ROWS if paired is None else TILE_ROWS
 
 
 @helper
 def read(n, size, paired):
-    """How many of a row's weights a product may read, of which n are not 0: the register tile takes the row
-    with others that see more keys.
+    """How many of a row's weights a product may read, of which n are not 0, in whole turns of an unrolled
+    loop: the register tile takes the row with others that see more keys.
     """
-    return min(size, (n + tall(paired) + UNROLLED - 1) // UNROLLED * UNROLLED)
+    return min(size, (n + tile_rows(paired) + UNROLLED - 1) // UNROLLED * UNROLLED)
 
 
 @mover
@@ -55,8 +56,8 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
     """C[i, j] = a_i · column j of the panels, of so many elements or pairs."""
     out_of_line()
     for j in range(0, count, tile):
-        for i in range(0, rows, tall(paired)):
-            if j < i + tall(paired) + diagonal:
+        for i in range(0, rows, tile_rows(paired)):
+            if j < i + tile_rows(paired) + diagonal:
                 register_tile(c, address(a, a_start + i * a_row), a_row, 1,
                               address(panels, panels_start + j * depth), tile,
                               address(c, i * c_row + j), c_row, depth, 0, 0, True, paired is not None)
@@ -66,8 +67,8 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
 def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal, paired):
     """c_i += Σ_j A[i, j] b_j, for rows of width."""
     out_of_line()
-    for i in range(0, rows, tall(paired)):
-        n = min(count, i + tall(paired) + diagonal)
+    for i in range(0, rows, tile_rows(paired)):
+        n = min(count, i + tile_rows(paired) + diagonal)
         for d in range(0, width, tile):
             if n > 0:
                 to = address(c, c_start + i * width + d)

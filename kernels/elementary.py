@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from kernels.jit import exact, helper
+from kernels.jit import exact
 from kernels.simd import bits, fma, from_bits
 
 F = np.float32
@@ -125,7 +125,7 @@ def erf(x):
 
 
 def exp_below(x):
-    """e**x for x up to 88 in two thirds of the work, 0 where that is below the normal numbers.
+    """e**x for x up to 88 in two thirds of the work; where that is below the normal numbers, 0 or below them.
 
     For weights: a softmax takes the largest of its arguments from the others first.
     """
@@ -151,5 +151,5 @@ _choose(exp, exp32, math.exp)
 _choose(tanh, tanh32, math.tanh)
 _choose(erf, erf32, math.erf)
 _choose(exp_below, exp_below32, math.exp)
-_choose(normal_cdf, normal_cdf32, helper(lambda x: 0.5 * math.erfc(-HALF_ROOT * x)))
-_choose(normal_pdf, normal_pdf32, helper(lambda x: math.exp(LOG_DENSITY - 0.5 * x * x)))
+_choose(normal_cdf, normal_cdf32, exact(lambda x: 0.5 * math.erfc(-HALF_ROOT * x)))
+_choose(normal_pdf, normal_pdf32, exact(lambda x: math.exp(LOG_DENSITY - 0.5 * x * x)))

@@ -31,13 +31,14 @@ from kernels import cpu
 SAFE_MATH = {"contract", "reassoc", "nsz"}
 
 # LLVM halves the vectors of loops on Intel CPUs, of which older ones lower their clock for whole ones. numba
-# reads this once, before it compiles anything in the process, and for all of it.
+# asks for the features once, before it first compiles, and for the whole process: functions of the caller's
+# own get whole vectors, too.
 WHOLE_VECTORS = "-prefer-256-bit"
 
 PATIENCE = 60                                        # seconds to wait while another process compiles a kernel
 compiling: Callable[[str], None] | None = None       # called with a kernel's name before it is compiled
 _config: Any = numba.config                          # its attributes are set at run time
-if cpu.TARGET.vector_bytes == 64 and not _config.CPU_FEATURES:
+if cpu.TARGET.vector_bytes == 64 and _config.CPU_FEATURES is None:
     _config.CPU_FEATURES = f"{get_host_cpu_features()},{WHOLE_VECTORS}"
 # numba's own threads, where there is neither OpenMP nor TBB, end the process if two Python threads call.
 _one_at_a_time: Any = threading.Lock() if _config.THREADING_LAYER == "workqueue" else contextlib.nullcontext()

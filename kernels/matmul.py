@@ -205,7 +205,7 @@ def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, acti
         copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * ((panels + GROUP - 1) // GROUP)
         for index in prange(copies_a + copies_b):
             task = np.int64(index)
-            place = task - (copies_b + 1) // 2      # A's are in the middle, where two threads part as below
+            place = task - (copies_b + 1) // 2      # A in the middle: of two threads, each copies half of it
             if 0 <= place < copies_a:
                 pack_group(a, packed_a, place, c.shape[1], k, plan)
             else:
@@ -251,10 +251,7 @@ def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
 
 @mover
 def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
-    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row.
-
-    The tile unit takes them row by row alone.
-    """
+    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
     out_of_line()
     i0, count = tile * rows, min(rows, m - tile * rows)
     flat, k, deep = a.reshape(-1), a.shape[1], steps(depth, bf16)
@@ -292,7 +289,9 @@ def pack_group(a, packed, task, m, k, plan):
 
 @mover
 def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
-    """Register tiles first to last of op(A), each at start + its number times size."""
+    """Register tiles first to last of op(A), each at start + its number times size, as `pack_a`; on a tile
+    unit row by row always.
+    """
     whole = first
     if transposed and bf16 and TILES:
         i0 = first * rows

@@ -16,17 +16,19 @@ from kernels.jit import helper, max_threads
 from kernels.simd import LINE
 from kernels.tile import columns, height
 
-# Depth of a part of K. A panel of B of 32-byte vectors is then 24 KB, for the first-level cache. Of 64-byte
-# vectors it comes from the second, which is fast enough, as a step takes 14 cycles or more; but not for the
-# tile unit, unless what it costs to add to C in memory once more is more.
+# Depth of a part of K, an even number. A panel of B of 32-byte vectors is then 24 KB, for the first-level
+# cache. Of 64-byte vectors it comes from the second, which is fast enough, as a step takes 14 cycles or more.
+# The tile unit is faster than that, so its parts are half as deep, but for a C that goes past the caches: to
+# add to it once more would cost more.
 DEPTH = 768 if TARGET.vector_bytes == 64 else 384
 DEPTH_TILES = 384
 TALLEST = 1024              # rows of a task
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
-FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache
+FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
+                            # A is read again
 LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-PAD = 16                    # and the rows of their copies are so many elements apart that they do not; room,
+PAD = 16                    # and rows of their copies are so many elements further apart; room,
                             # too, for the last vector that `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 TASKS = 2                   # for each thread
@@ -49,7 +51,7 @@ class Plan(NamedTuple):
     rows: int                # of a register tile, and its width
     width: int
     first_copied: int        # the first tile of rows of A that is copied, not read where it is
-    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own
+    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own, if any
     own_b: bool              # each task copies its panels of B
     parts: int               # of K, of so many elements
     depth: int
@@ -75,7 +77,7 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     """
     rows, width = height(bf16), columns(dtype)
     tall, panels = -(-m // rows), -(-n // width)
-    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0
+    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0     # whole vectors
     parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH)))
     depth = -(-k // parts)
     depth += depth % 2 if bf16 else 0                                   # whole pairs

@@ -443,7 +443,9 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
 
 
 def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """out = x + y; by a kernel, on all threads, where there is something to share."""
+    """out = x + y; by a kernel, on all threads, where there is something to share (and arrays are writeable,
+    as kernels are compiled for those).
+    """
     if x.size >= SHARED and x.shape == y.shape and x.dtype == y.dtype and x.flags.carray and y.flags.carray:
         return kernels.add(x, y, out)
     return np.add(x, y, out=out)
@@ -540,7 +542,7 @@ def _accumulate(found: list[tuple[Tensor, Any, bool]], create_graph: bool) -> No
         elif create_graph or leaf.grad.node is not None:
             leaf.grad = leaf.grad + g
         else:
-            leaf.grad._data += g
+            add_arrays(leaf.grad._data, g, leaf.grad._data)
 
 
 def _seed(output: Tensor, gradient: Any) -> Tensor:

@@ -327,6 +327,8 @@ def test_nan_in_a_key_reaches_every_query_that_sees_it(dtype):
     out, norms = kernels.attention_forward(qkv, 1)
     assert np.isnan(out[0, 50:]).all() and np.isnan(norms[..., 50:]).all()
     assert np.isfinite(out[0, :48]).all() and np.isfinite(norms[..., :50]).all()
+    dqkv = kernels.attention_backward(np.ones_like(out), qkv, out, norms, 1)
+    assert np.isnan(dqkv[0, 50:, :8]).all() and np.isnan(dqkv[0, :51, 16:]).all()     # dq; dv of their keys
 
 
 def test_nothing_in_nothing_out():

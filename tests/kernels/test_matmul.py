@@ -136,7 +136,8 @@ def many_products(dtype):
         for activation in ACTIVATIONS:
             results += kernels.linear_forward(a, swapped(b), normal(n, dtype=dtype), activation)
     many, few = normal(5, 70, 40, dtype=dtype), normal(40, 96, dtype=dtype)
-    return [*results, kernels.matmul(many, few), kernels.matmul(many, swapped(many)),
+    return [*results, kernels.matmul(many, few), kernels.matmul(few.T.copy(), swapped(many)),
+            kernels.matmul(many, swapped(many)),
             symmetric_matmul(many, many, transpose_b=True)]
 
 
