@@ -26,7 +26,7 @@ from kernels.simd import LANES, address, out_of_line, transpose_block
 from kernels.tile import ROWS, height, register_tile
 
 TILES = TARGET.tiles
-TILE_ROWS = height(True)               # rows of the register tile of pairs
+TILE_ROWS = height(True)          # rows of the register tile of pairs
 UNROLLED = 4 * LANES              # elements that LLVM takes at a time in a loop over a row
 STEP = amx.PAIRS if TILES else 1  # and its pairs come in so many
 
