@@ -24,12 +24,16 @@ def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return y
 
 
-def embedding_backward(dy: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray:
-    """dweight (rows, C), from dy (N, C) and ids (N,)."""
+def embedding_backward(dy: np.ndarray, ids: np.ndarray, rows: int,
+                       total: np.ndarray | None = None) -> np.ndarray:
+    """dweight (rows, C), from dy (N, C) and ids (N,); added to total in place, if that is given."""
     check("embedding_backward", "dy", dy, (None, None))
     check_integers("embedding_backward", "ids", ids, dy.shape[:1])
     check_range("embedding", "ids", ids, rows)
-    dweight = memory.zeros((rows, dy.shape[1]), dy.dtype)
+    shape = rows, dy.shape[1]
+    if total is not None:
+        check("embedding_backward", "total", total, shape, like=dy)
+    dweight = memory.zeros(shape, dy.dtype) if total is None else total
     launch(_embedding_backward, max(1, min(dy.shape[1] // 32, row_tasks(dy))), dy, ids, dweight)
     return dweight
 

@@ -24,7 +24,7 @@ from kernels.amx import start_tiles, stop_tiles
 from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel, launch, max_threads, mover, row_tasks
+from kernels.jit import helper, kernel, launch, mover, row_tasks
 from kernels.pack import (
     mirror_stripe,
     pack_columns,
@@ -45,6 +45,7 @@ GROUP = 2                   # register tiles of A, or panels of B, that are copi
 TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
+NOTHING = 1.0, 0.0          # a scale, and a shift of the diagonal
 
 
 class _State(threading.local):
@@ -96,8 +97,8 @@ def matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, transpose_b:
     batch = () if a.ndim == b.ndim == 2 else np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     c = memory.empty((*batch, m, n), a.dtype)
     if c.size:
-        a, b = _flat_batch(a, batch), _flat_batch(b, batch)
-        _product(a, b, c.reshape(-1, m, n), k, transpose_a, transpose_b, exact=exact)
+        _product(_flat_batch(a, batch), _flat_batch(b, batch), c.reshape(-1, m, n) if batch else c[None], k,
+                 transpose_a, transpose_b, exact=exact)
     return c
 
 
@@ -112,12 +113,14 @@ def symmetric_matmul(a: np.ndarray, b: np.ndarray, transpose_a: bool = False, tr
     check("symmetric_matmul", "b", b, (len(a), m, k) if transpose_b else (len(a), k, m), like=a)
     c = memory.empty((len(a), m, m), a.dtype)
     if c.size:
-        _product(a, b, c, k, transpose_a, transpose_b, exact=exact, mirrored=(scale, shift))
+        _product(a, b, c, k, transpose_a, transpose_b, exact=exact, mirrored=(float(scale), float(shift)))
     return c
 
 
 def _flat_batch(x: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
     """x as (1, ., .), if it is one matrix for the whole batch, else as (count, ., .)."""
+    if not batch and x.size:
+        return x[None]
     if math.prod(x.shape[:-2]) not in (1, math.prod(batch)):
         x = np.broadcast_to(x, batch + x.shape[-2:]).copy()
     return x.reshape(-1, *x.shape[-2:]) if x.size else np.zeros((1, *x.shape[-2:]), x.dtype)
@@ -185,19 +188,19 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
-    sizes, tasks, end_a, end_b, room = plan_product(
+    sizes, tasks, room = plan_product(
         count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a, transpose_b, a.strides[1],
         mirrored is not None)
-    scratch = memory.empty(room, c.dtype)
-    none = c[:0]
-    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, tuple(map(c.dtype.type, mirrored or (1, 0))),
-           scratch[:end_a], scratch[end_a:end_b], scratch[end_b:].reshape(max_threads(), 2, -1),
-           none[:, 0, 0] if bias is None else bias, none if activated is None else activated, activation)
+    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or NOTHING, memory.empty(room, c.dtype),
+           c[:0, 0, 0] if bias is None else bias, c[:0] if activated is None else activated, activation)
 
 
 @kernel
-def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, activated, activation, tasks):
+def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation, tasks):
     plan, n = Plan(*sizes), c.shape[2]
+    packed_a, packed_b = scratch[:plan.end_a], scratch[plan.end_a:plan.end_b]
+    edge = 2 * plan.rows * plan.width
+    edges = scratch[plan.end_b:].reshape((scratch.size - plan.end_b) // edge, 2, edge // 2)
     groups = (plan.shared + GROUP - 1) // GROUP
     for n0 in range(0, n, plan.block_n):
         panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
@@ -216,8 +219,9 @@ def _multiply(a, b, c, k, sizes, mirrored, packed_a, packed_b, edges, bias, acti
     if plan.half:
         stripes = (n + plan.width - 1) // plan.width
         for index in prange(len(c) * stripes):
-            task, (scale, shift) = np.int64(index), mirrored
-            mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, scale, shift)
+            task, real = np.int64(index), c.dtype.type
+            mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, real(mirrored[0]),
+                          real(mirrored[1]))
 
 
 @helper

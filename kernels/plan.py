@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
     size_b: int
+    end_a: int               # of all copies of A, and of B, in the scratch, which edges follow
+    end_b: int
 
 
 @helper
@@ -71,9 +73,9 @@ def steps(depth, bf16):
 @functools.lru_cache(4096)
 def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
                  transpose_a: bool, transpose_b: bool, row_of_a: int,
-                 half: bool) -> tuple[tuple, int, int, int, int]:
+                 half: bool) -> tuple[tuple, int, int]:
     """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
-    of its tasks, and where in its scratch the copies of A and B end, and it itself. row_of_a: in bytes.
+    of its tasks, and the size of its scratch. row_of_a: in bytes.
     """
     rows, width = height(bf16), columns(dtype)
     tall, panels = -(-m // rows), -(-n // width)
@@ -97,8 +99,9 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks,
-                panels * width, near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b)
-    return tuple(plan), count * blocks * chunks, end_a, end_b, end_b + max_threads() * 2 * rows * width
+                panels * width, near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b,
+                end_a, end_b)
+    return tuple(plan), count * blocks * chunks, end_b + max_threads() * 2 * rows * width
 
 
 def _tasks(m: int, n: int, tall: int, panels: int, wanted: int) -> tuple[int, int]:

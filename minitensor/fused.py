@@ -400,7 +400,8 @@ def _embedding(ids, weight):
     flat = ids.reshape(-1)
     y = kernels.embedding_forward(flat, _plain(weight))
     return (y.reshape(*ids.shape, weight.shape[1]),
-            (lambda g: None, lambda g: kernels.embedding_backward(_rows(g), flat, len(weight))))
+            (lambda g: None,
+             lambda g: functools.partial(kernels.embedding_backward, _rows(g), flat, len(weight))))
 
 
 def embedding(ids, weight):

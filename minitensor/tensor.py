@@ -324,7 +324,8 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
 
     reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and
     under `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of
-    its own making.
+    its own making. In the place of a gradient that is mostly zeros it may hand back a function that adds it
+    to an array in place, or makes one if it is given None.
 
     >>> @op(np.arctan)
     ... def arctan(x):
@@ -516,6 +517,15 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
             for position, x in enumerate(inputs):
                 if isinstance(x, Tensor) and x.requires_grad:
                     gx = gradients[position] if position < len(gradients) else None
+                    if reference is not None and callable(gx):
+                        _, before, owned_before = pending.get(id(x), (x, None, False))
+                        if owned_before:
+                            for observer in _state.observers:
+                                observer.backward(node, inputs, g, position, gx(None))
+                                observer.added(x, before, gx(None))
+                            gx(before)
+                            continue
+                        gx = gx(None)
                     if not isinstance(gx, (Tensor, np.ndarray, np.generic)):
                         raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave {_kind(gx)} for "
                                         f"argument {position}, which requires a gradient; give an array")

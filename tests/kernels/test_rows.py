@@ -436,6 +436,10 @@ def test_embedding(dtype):
         expected = np.zeros((7, c), dtype)
         np.add.at(expected, ids, dy)                         # in order of n, so that the bits are the same
         np.testing.assert_array_equal(K.embedding_backward(dy, ids, 7), expected)
+        total = weight.copy()
+        assert K.embedding_backward(dy, ids, 7, total) is total
+        np.add.at(weight, ids, dy)
+        np.testing.assert_array_equal(total, weight)
 
 
 def test_embedding_of_one_id_adds_up_in_order():
@@ -598,8 +602,8 @@ ARGUMENTS = [
     (K.cross_entropy_backward, {"dlosses": COLUMN, "logits": X, "targets": IDS, "norms": np.ones((4, 2))},
      {"dlosses": [(3,), (4, 1)], "logits": [(4,)], "targets": [(5,)], "norms": [(4,), (3, 2)]}),
     (K.embedding_forward, {"ids": IDS, "weight": X}, {"ids": [(2, 2)], "weight": [(3,)]}),
-    (lambda dy, ids: K.embedding_backward(dy, ids, 3), {"dy": X, "ids": IDS},
-     {"dy": [(4,)], "ids": [(3,), (5,)]}),
+    (lambda dy, ids, total: K.embedding_backward(dy, ids, 3, total), {"dy": X, "ids": IDS, "total": X[:3]},
+     {"dy": [(4,)], "ids": [(3,), (5,)], "total": [(2, 5), (3, 4)]}),
     (lambda x: K.sum_of_squares([X, x]), {"arrays": X}, {}),
     (lambda *arrays: K.adamw(*([x] for x in arrays), [0.0], 1, 1e-3, 0.9, 0.9, 1e-8),
      {"parameters": X, "gradients": X, "firsts": X, "seconds": X},

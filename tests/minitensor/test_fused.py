@@ -465,6 +465,26 @@ def test_keys_that_a_mask_hides_never_matter_nor_learn(dtype):
         assert y[0].all() and not y[1].any() and not dq[1].any() and not dkv[~mask].any()
 
 
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("watched", [contextlib.nullcontext, minitensor.detect_nan])
+def test_the_gradient_of_a_tied_table(owned, watched):
+    """It is added to the head's where that array is nobody else's, and the numbers are the same always."""
+    random = np.random.default_rng(0)
+    table, other = (Tensor(random.standard_normal((6, 4)), requires_grad=True) for _ in range(2))
+    ids, mask = np.array([5, 0, 5]), random.standard_normal((6, 4))
+    with watched():
+        rows = embedding(ids, table)
+        rest = layernorm(table, np.ones(4)) if owned else table + other     # whose vjp hands one g to both
+        loss = np.sum(rest * mask) + np.sum(rows * rows)
+        loss.backward()
+    alone, = grad(np.sum((layernorm(table, np.ones(4)) if owned else table + other) * mask), table)
+    expected = alone.numpy().copy()
+    np.add.at(expected, ids, 2 * table.numpy()[ids])
+    np.testing.assert_array_equal(table.grad.numpy(), expected)
+    if not owned:
+        np.testing.assert_array_equal(other.grad.numpy(), mask)
+
+
 def test_cross_entropy_of_no_target_at_all():
     for logits, targets in ((np.ones((3, 4)), np.full(3, -100)), (np.ones((0, 4)), np.ones(0, int))):
         x = Tensor(logits, requires_grad=True)
