@@ -25,23 +25,12 @@ from kernels.check import check
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, mover, row_tasks
-from kernels.pack import (
-    mirror_stripe,
-    pack_columns,
-    pack_tiles,
-    pack_transposed,
-    pair_columns,
-    pair_row,
-    pair_rows_of_columns,
-    pair_tiles,
-    pair_transposed,
-)
+from kernels.pack import groups, mirror_stripe, pack_block, pack_group_of_a, pack_group_of_b, pack_panels
 from kernels.plan import Plan, plan_product, steps
 from kernels.relu2 import relu2_row
-from kernels.simd import LANES, ROUNDS, address, copy_rows, finish_streams, out_of_line
+from kernels.simd import address, copy_rows, finish_streams, out_of_line
 from kernels.tile import register_tile
 
-GROUP = 2                   # register tiles of A, or panels of B, that are copied at a time
 TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
@@ -201,18 +190,18 @@ def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation,
     packed_a, packed_b = scratch[:plan.end_a], scratch[plan.end_a:plan.end_b]
     edge = 2 * plan.rows * plan.width
     edges = scratch[plan.end_b:].reshape((scratch.size - plan.end_b) // edge, 2, edge // 2)
-    groups = (plan.shared + GROUP - 1) // GROUP
     for n0 in range(0, n, plan.block_n):
         panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
-        copies_a = plan.batch_a * plan.parts * groups if n0 == 0 else 0
-        copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * ((panels + GROUP - 1) // GROUP)
+        copies_a = plan.batch_a * plan.parts * groups(plan.shared) if n0 == 0 else 0
+        copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * groups(panels)
         for index in prange(copies_a + copies_b):
             task = np.int64(index)
             place = task - (copies_b + 1) // 2      # A in the middle: of two threads, each copies half of it
             if 0 <= place < copies_a:
-                pack_group(a, packed_a, place, c.shape[1], k, plan)
+                pack_group_of_a(a, packed_a, place, c.shape[1], k, plan)
             else:
-                pack_stack(b, packed_b, task if place < 0 else task - copies_a, panels, n0, n, k, plan)
+                pack_group_of_b(b, packed_b, task if place < 0 else task - copies_a, panels, n0, n, k,
+                                plan)
         for index in prange(tasks):
             multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, np.int64(index), plan,
                           edges[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
@@ -222,96 +211,6 @@ def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation,
             task, real = np.int64(index), c.dtype.type
             mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, real(mirrored[0]),
                           real(mirrored[1]))
-
-
-@helper
-def pack_stack(b, packed, task, panels, n0, n, k, plan):
-    """A few panels of one part of one matrix of B."""
-    stacks = (panels + GROUP - 1) // GROUP
-    first, place = task % stacks * GROUP, task // stacks            # place: of the part of the matrix
-    k0 = place % plan.parts * plan.depth
-    for panel in range(first, min(first + GROUP, panels)):
-        pack_b(b, packed, (place * panels + panel) * plan.size_b, place // plan.parts,
-               n0 + panel * plan.width, n, k0, k, min(plan.depth, k - k0), plan.width, plan.transpose_b,
-               plan.bf16)
-
-
-@mover
-def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
-    """The panel of one matrix of B from column j on: see `kernels.pack`."""
-    out_of_line()
-    start, stride = ((batch * n + j) * k + k0, k) if transposed else ((batch * k + k0) * n + j, n)
-    if transposed and bf16:
-        pair_transposed(b, start, stride, min(width, n - j), depth, packed, to, width)
-    elif transposed:
-        pack_transposed(b, start, stride, min(width, n - j), depth, packed, to, width)
-    elif bf16:
-        pair_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
-    else:
-        pack_columns(b, start, stride, min(width, n - j), depth, packed, to, width)
-    if bf16:
-        packed[to + (depth + 1) // 2 * width:to + steps(depth, bf16) * width] = 0
-
-
-@mover
-def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
-    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
-    out_of_line()
-    i0, count = tile * rows, min(rows, m - tile * rows)
-    flat, k, deep = a.reshape(-1), a.shape[1], steps(depth, bf16)
-    if transposed and bf16:
-        pair_columns(flat, k0 * m + i0, m, count, depth, packed, start, rows)
-    elif transposed:
-        for p in range(depth):
-            for i in range(count):
-                packed[start + p * rows + i] = flat[(k0 + p) * m + i0 + i]
-            for i in range(count, rows):
-                packed[start + p * rows + i] = 0
-    else:
-        for i in range(rows):
-            row, to = (i0 + i) * k + k0, start + i * (size // rows)
-            if i >= count:
-                packed[to:to + deep] = 0
-            elif bf16:
-                pair_row(flat, row, depth, packed, to)
-                packed[to + (depth + 1) // 2:to + deep] = 0
-            else:
-                for p in range(depth):
-                    packed[to + p] = flat[row + p]
-
-
-@helper
-def pack_group(a, packed, task, m, k, plan):
-    """A few register tiles of one part of one op(A)."""
-    groups = (plan.shared + GROUP - 1) // GROUP
-    first, place = plan.first_copied + task % groups * GROUP, task // groups
-    k0 = place % plan.parts * plan.depth
-    pack_block(a[place // plan.parts], packed, (place * plan.shared - plan.first_copied) * plan.size_a, first,
-               min(first + GROUP, plan.first_copied + plan.shared), plan.rows, m, k0, min(plan.depth, k - k0),
-               plan.size_a, plan.transpose_a, plan.bf16)
-
-
-@mover
-def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
-    """Register tiles first to last of op(A), each at start + its number times size, as `pack_a`; on a tile
-    unit row by row always.
-    """
-    whole = first
-    if transposed and bf16 and TILES:
-        i0 = first * rows
-        pair_rows_of_columns(a.reshape(-1), k0 * m + i0, m, min(m, last * rows) - i0, depth, packed,
-                             start + first * size, size // rows)
-        whole = last
-    elif transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
-        whole = max(first, min(last, m // rows))
-        pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
-                   start + first * size, rows, size)
-    elif transposed and not bf16:
-        whole = max(first, min(last, m // rows))
-        pack_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
-                   start + first * size, size)
-    for tile in range(whole, last):
-        pack_a(a, packed, start + tile * size, tile, rows, m, k0, depth, size, transposed, bf16)
 
 
 @helper
@@ -339,10 +238,8 @@ def multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, task, plan, edges,
         for panel in range(first, last, plan.near):
             end = min(last, panel + plan.near)
             if plan.own_b:
-                for near in range(panel, end):
-                    pack_b(b, packed_b, (start_b + near - panel) * plan.size_b, batch_b,
-                           n0 + near * plan.width, c.shape[2], k0, k, depth, plan.width, plan.transpose_b,
-                           plan.bf16)
+                pack_panels(b, packed_b, (start_b - panel) * plan.size_b, batch_b, panel, end, n0, c.shape[2],
+                            k0, k, depth, plan.width, plan.size_b, plan.transpose_b, plan.bf16)
             multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
                            (start_b + (0 if plan.own_b else panel)) * plan.size_b, c[batch], i0, i1, k0,
                            depth, n0 + panel * plan.width, end - panel, plan, part + 1 == plan.parts, edges,
