@@ -14,6 +14,7 @@ from kernels.cpu import TARGET
 from kernels.jit import helper, mover
 from kernels.pack import (
     AHEAD,
+    fill_step,
     pack_transposed,
     pair_columns,
     pair_row,
@@ -105,7 +106,7 @@ def pack_panel(x, start, stride, count, depth, to, to_start, width, paired):
     out_of_line()
     if paired is not None:
         pair_transposed(x, start, stride, count, depth, to, to_start, width)
-        to[to_start + (depth + 1) // 2 * width:to_start + elements(depth, paired) * width] = 0
+        fill_step(to, to_start, depth, width)
     else:
         pack_transposed(x, start, stride, count, depth, to, to_start, width)
 
@@ -117,7 +118,7 @@ def pair_down(x, start, stride, count, depth, to, width):
     """
     out_of_line()
     pair_columns(x, start, stride, count, depth, to, 0, width)
-    to[(depth + 1) // 2 * width:elements(depth, True) * width] = 0
+    fill_step(to, 0, depth, width)
 
 
 @mover

@@ -28,7 +28,7 @@ from kernels.jit import helper, kernel, launch, mover, row_tasks
 from kernels.pack import groups, mirror_stripe, pack_block, pack_group_of_a, pack_group_of_b, pack_panels
 from kernels.plan import Plan, plan_product, steps
 from kernels.relu2 import relu2_row
-from kernels.simd import address, copy_rows, finish_streams, out_of_line
+from kernels.simd import address, copy_columns, finish_streams, out_of_line, stream_columns
 from kernels.tile import register_tile
 
 TILES = TARGET.tiles
@@ -302,8 +302,12 @@ def place_tile(edge, rows, width, c, i, j, inside, streams):
     """A register tile to where it belongs."""
     out_of_line()
     m, n = c.shape
-    if inside:
-        copy_rows(edge, 0, width, c, i * n + j, n, rows, streams)
+    if inside and streams:
+        for r in range(rows):
+            stream_columns(edge, r * width, c, (i + r) * n + j)
+    elif inside:
+        for r in range(rows):
+            copy_columns(edge, r * width, c, (i + r) * n + j)
     else:
         for r in range(min(rows, m - i)):
             for s in range(min(width, n - j)):

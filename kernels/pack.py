@@ -91,6 +91,12 @@ def rounded(x):
     return n + np.int32(0x7FFF) + (n >> np.int32(16) & np.int32(1)) if x == x else n | np.int32(0x400000)
 
 
+@helper
+def fill_step(to, start, depth, width):
+    """Zeros behind the pairs of so many k, to the end of a step of the register tile."""
+    to[start + (depth + 1) // 2 * width:start + steps(depth, True) * width] = 0
+
+
 @mover
 def pair_row(x, start, size, to, to_start):
     """to[p] = (x[2 p], x[2 p + 1]), and 0 for what is beyond size, counted from the starts; x may be to."""
@@ -267,7 +273,7 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
                 packed[to:to + deep] = 0
             elif bf16:
                 pair_row(flat, row, depth, packed, to)
-                packed[to + (depth + 1) // 2:to + deep] = 0
+                fill_step(packed, to, depth, 1)
             else:
                 for p in range(depth):
                     packed[to + p] = flat[row + p]
@@ -311,4 +317,4 @@ def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
     else:
         pack_some_columns(b, start, stride, count, depth, packed, to, width)
     if bf16:
-        packed[to + (depth + 1) // 2 * width:to + steps(depth, bf16) * width] = 0
+        fill_step(packed, to, depth, width)

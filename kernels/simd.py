@@ -109,8 +109,12 @@ def transpose_block(typing, x, x_start, x_row, to, to_start, to_row):
     return signature, generate
 
 
-def _copying(count):
-    """An intrinsic that copies so many elements of a size in bytes."""
+def _copying(count, past_caches=False):
+    """An intrinsic that copies so many elements of a size in bytes.
+
+    past_caches: what is not read again soon need not be fetched to be overwritten, which takes half the time.
+    The place in `to` is then aligned to vectors, and `finish_streams` ends it.
+    """
     @intrinsic
     def copy(typing, x, x_start, to, to_start):
         def generate(context, build, signature, args):
@@ -120,16 +124,21 @@ def _copying(count):
             vector = ir.VectorType(real, count(size)).as_pointer()
             x = build.gep(context.make_array(signature.args[0])(context, build, x).data, [x_start])
             to = build.gep(context.make_array(signature.args[2])(context, build, to).data, [to_start])
-            value = build.load(build.bitcast(x, vector), align=size)
-            build.store(value, build.bitcast(to, vector), align=size)
+            stored = build.store(build.load(build.bitcast(x, vector), align=size), build.bitcast(to, vector),
+                                 align=TARGET.vector_bytes if past_caches else size)
+            if past_caches:
+                stored.set_metadata("nontemporal", build.module.add_metadata([ir.Constant(I32, 1)]))
             return context.get_dummy_value()
         return types.void(x, types.intp, to, types.intp), generate
     return copy
 
 
-# Two vectors, the width of the register tile; and as many elements as it has rows.
-copy_columns = _copying(lambda size: 2 * TARGET.vector_bytes // size)
-copy_tile_rows = _copying(lambda size: TARGET.rows)
+def _two_vectors(size):
+    return 2 * TARGET.vector_bytes // size
+
+
+copy_columns, stream_columns = _copying(_two_vectors), _copying(_two_vectors, past_caches=True)
+copy_tile_rows = _copying(lambda size: TARGET.rows)        # as many elements as the register tile has rows
 
 
 class BFloat(ir.Type):
@@ -287,40 +296,6 @@ def fill_vectors(typing, x, start, first, end, value):
 
     n = types.intp
     return types.void(x, n, n, n, x.dtype), generate
-
-
-@intrinsic
-def copy_rows(typing, x, x_start, x_row, to, to_start, to_row, rows, past_caches):
-    """Copy rows of two vectors, the width of the register tile.
-
-    past_caches: what is not read again soon need not be fetched to be overwritten, which takes half the time.
-    Places in `to` are then aligned to vectors, and `finish_streams` ends it.
-    """
-    def generate(context, build, signature, args):
-        x_row, to_row, rows, past_caches = args[2], args[5], args[6], args[7]
-        real = context.get_value_type(signature.args[0].dtype)
-        size = context.get_abi_sizeof(real)
-        vector = ir.VectorType(real, TARGET.vector_bytes // size)
-        once = build.module.add_metadata([ir.Constant(I32, 1)])
-        x, to = (build.gep(context.make_array(signature.args[k])(context, build, args[k]).data, [args[k + 1]])
-                 for k in (0, 3))
-
-        def row_at(matrix, row, i):
-            return build.bitcast(build.gep(matrix, [build.mul(i, row)]), vector.as_pointer())
-
-        with build.if_else(past_caches) as branches:
-            for streams, branch in zip((True, False), branches, strict=True):
-                with branch, cgutils.for_range(build, rows) as step:
-                    for j in (ir.Constant(INDEX, k) for k in range(2)):
-                        value = build.load(build.gep(row_at(x, x_row, step.index), [j]), align=size)
-                        stored = build.store(value, build.gep(row_at(to, to_row, step.index), [j]),
-                                             align=TARGET.vector_bytes if streams else size)
-                        if streams:
-                            stored.set_metadata("nontemporal", once)
-        return context.get_dummy_value()
-
-    n = types.intp
-    return types.void(x, n, n, to, n, n, n, types.boolean), generate
 
 
 @intrinsic
