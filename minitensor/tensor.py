@@ -526,20 +526,26 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                             gx(before)
                             continue
                         gx = gx(None)
-                    if not isinstance(gx, (Tensor, np.ndarray, np.generic)):
-                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave {_kind(gx)} for "
-                                        f"argument {position}, which requires a gradient; give an array")
-                    if gx.shape != x.shape:
-                        gx = _unbroadcast(gx, x.shape, node.op.__name__)
-                    if gx.dtype != x.dtype:
-                        raise TypeError(f"backward: the vjp of '{node.op.__name__}' gave a {gx.dtype} "
-                                        f"gradient for a {x.dtype} input; keep Python scalars as they are, "
-                                        "and convert constant arrays")
+                    gx = _fitting(gx, x, node, position)
                     for observer in _state.observers:
                         observer.backward(node, inputs, g, position, gx)
                     send(x, gx, reference is not None)
     found.extend(entry for entry in pending.values())
     return found
+
+
+def _fitting(gx: Any, x: Tensor, node: Node, position: int) -> Any:
+    """What a vjp gave for input x, summed down to its shape; TypeError or ValueError unless it fits."""
+    name = node.op.__name__
+    if not isinstance(gx, (Tensor, np.ndarray, np.generic)):
+        raise TypeError(f"backward: the vjp of '{name}' gave {_kind(gx)} for argument {position}, "
+                        "which requires a gradient; give an array")
+    if gx.shape != x.shape:
+        gx = _unbroadcast(gx, x.shape, name)
+    if gx.dtype != x.dtype:
+        raise TypeError(f"backward: the vjp of '{name}' gave a {gx.dtype} gradient for a {x.dtype} input; "
+                        "keep Python scalars as they are, and convert constant arrays")
+    return gx
 
 
 def _accumulate(found: list[tuple[Tensor, Any, bool]], create_graph: bool) -> None:
