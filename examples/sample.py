@@ -15,7 +15,7 @@ def main(arguments: list[str] | None) -> int:
     parser = Parser(description="Write text with a model that train_shakespeare.py has trained.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", default=Path("out/shakespeare/checkpoint.safetensors"),
-        help="checkpoint.safetensors of a run (%(default)s)")
+        help="a run's folder, or a checkpoint in it (%(default)s)")
     add("--prompt", help="text to go on from (a new line)")
     add("--count", type=int, default=500, metavar="N", help="characters to write (500)")
     add("--temperature", type=float, default=1.0, metavar="X",
@@ -27,6 +27,10 @@ def main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.prompt == "":
         parser.error("--prompt is empty; give at least one character")
+    if options.checkpoint.is_dir():
+        options.checkpoint /= "checkpoint.safetensors"
+    if not options.checkpoint.exists():
+        parser.error(f"there is no {str(options.checkpoint)!r}; train_shakespeare.py makes one")
     model, tokenizer = load_model(options.checkpoint)
     start = first_ids(tokenizer) if options.prompt is None else tokenizer.encode(options.prompt)
     shown: list[int] = []

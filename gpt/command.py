@@ -167,7 +167,8 @@ def _describe(run: Run, corpus: Corpus) -> None:
     print(f"model    {sum(p.size for p in run.model.parameters()):,} parameters: "
           f"{_count(config.layers, 'layer')}, {_count(config.heads, 'head')}, width {config.width}, "
           f"context {config.context}")
-    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
+    minutes = f"{config.minutes:g} minute{'s' * (config.minutes != 1)}"
+    length = minutes if config.minutes else f"{config.steps:,} steps"
     print(f"run      {length} of {config.batch} x {config.context} characters, seed {config.seed}"
           + (f", from step {run.progress.step:,} on" if run.progress.step else ""), flush=True)
 

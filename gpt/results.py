@@ -234,7 +234,7 @@ def plot(evaluations: list[Evaluation], path: Path) -> None:
     axes = figure.subplots()
     steps = [e.step for e in evaluations]
     curves = {"train": [e.train_loss for e in evaluations], "validation": [e.val_loss for e in evaluations]}
-    for (name, values), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=True):
+    for (name, values), colour in zip(curves.items(), ("tab:orange", "tab:blue"), strict=True):
         axes.plot(steps, values, "o-", color=colour, markersize=3,
                   label=f"{name}, {values[-1]:.3f} at the end")
     axes.set(xlabel="steps", ylabel="loss, nats a character", xlim=(0, None))

@@ -67,7 +67,8 @@ class Schedule:
         progress = self.progress
         if not self.config.minutes or not progress.step:
             return progress.step
-        whole = 60 * self.config.minutes - self._evaluation_seconds() - progress.first_seconds
+        kept = min(self._evaluation_seconds(), 30 * self.config.minutes)     # half, if a step was slow once
+        whole = 60 * self.config.minutes - kept - progress.first_seconds
         gone = progress.seconds - progress.first_seconds
         return self.config.steps * (min(1.0, gone / whole) if whole > 0 else 1.0)
 

@@ -22,19 +22,19 @@ from numba import prange
 from kernels import memory
 from kernels.amx import start_tiles, stop_tiles
 from kernels.check import check
+from kernels.copies import TILES, groups, pack_block, pack_group_of_a, pack_group_of_b, pack_panels
 from kernels.cpu import TARGET
 from kernels.gelu import gelu_row
 from kernels.jit import helper, kernel, launch, mover, row_tasks
-from kernels.pack import groups, mirror_stripe, pack_block, pack_group_of_a, pack_group_of_b, pack_panels
+from kernels.pack import mirror_stripe
 from kernels.plan import Plan, plan_product, steps
 from kernels.relu2 import relu2_row
 from kernels.simd import address, copy_columns, finish_streams, out_of_line, stream_columns
 from kernels.tile import register_tile
 
-TILES = TARGET.tiles
 GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
-NOTHING = 1.0, 0.0          # a scale, and a shift of the diagonal
+AS_IT_IS = 1.0, 0.0         # a scale, and a shift of the diagonal
 
 
 class _State(threading.local):
@@ -180,7 +180,7 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     sizes, tasks, room = plan_product(
         count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a, transpose_b, a.strides[1],
         mirrored is not None)
-    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or NOTHING, memory.empty(room, c.dtype),
+    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or AS_IT_IS, memory.empty(room, c.dtype),
            c[:0, 0, 0] if bias is None else bias, c[:0] if activated is None else activated, activation)
 
 
@@ -208,9 +208,9 @@ def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation,
     if plan.half:
         stripes = (n + plan.width - 1) // plan.width
         for index in prange(len(c) * stripes):
-            task, real = np.int64(index), c.dtype.type
-            mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width, real(mirrored[0]),
-                          real(mirrored[1]))
+            task = np.int64(index)
+            mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width,
+                          c.dtype.type(mirrored[0]), c.dtype.type(mirrored[1]))
 
 
 @helper

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.cpu import TARGET
 from kernels.jit import exact, helper, mover
 from kernels.plan import steps
 from kernels.simd import (
@@ -23,9 +22,8 @@ from kernels.simd import (
     round_interleaved,
     transpose_block,
 )
+from kernels.tile import ROWS
 
-ROWS, TILES = TARGET.rows, TARGET.tiles
-GROUP = 2         # register tiles of A, or panels of B, that a task copies
 AHEAD = 16        # rows far apart come from memory as if at random: each is asked for so many rows before
 
 
@@ -52,7 +50,7 @@ def pack_columns(x, start, stride, panels, depth, to, to_start, width, size):
 
 @mover
 def pack_some_columns(x, start, stride, count, depth, to, to_start, width):
-    """As that, of a panel of which only count columns are there: the others are 0."""
+    """As `pack_columns`, for a panel of which only count columns are there: the others are 0."""
     out_of_line()
     for p in range(depth):
         for j in range(count):
@@ -208,113 +206,3 @@ def mirror_stripe(c, j0, width, scale, shift):
     for i in range(whole, j1):
         for j in range(max(i + 1, j0), j1):
             c[j, i] = c[i, j]
-
-
-# ---- tasks of the plan of a product ------------------------------------------------------------------------
-
-@helper
-def groups(count):
-    """In how many tasks so many register tiles of A, or panels of B, are copied."""
-    return (count + GROUP - 1) // GROUP
-
-
-@helper
-def pack_group_of_a(a, packed, task, m, k, plan):
-    """A few register tiles of one part of one op(A)."""
-    first = plan.first_copied + task % groups(plan.shared) * GROUP
-    place = task // groups(plan.shared)                             # of the part of the matrix
-    k0 = place % plan.parts * plan.depth
-    pack_block(a[place // plan.parts], packed, (place * plan.shared - plan.first_copied) * plan.size_a, first,
-               min(first + GROUP, plan.first_copied + plan.shared), plan.rows, m, k0, min(plan.depth, k - k0),
-               plan.size_a, plan.transpose_a, plan.bf16)
-
-
-@mover
-def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transposed, bf16):
-    """Register tiles first to last of op(A), each at start + its number times size, as `pack_a`; on a tile
-    unit row by row always.
-    """
-    whole = first
-    if transposed and bf16 and TILES:
-        i0 = first * rows
-        pair_rows_of_columns(a.reshape(-1), k0 * m + i0, m, min(m, last * rows) - i0, depth, packed,
-                             start + first * size, size // rows)
-        whole = last
-    elif transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
-        whole = max(first, min(last, m // rows))
-        pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
-                   start + first * size, rows, size)
-    elif transposed and not bf16:
-        whole = max(first, min(last, m // rows))
-        pack_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
-                   start + first * size, size)
-    for tile in range(whole, last):
-        pack_a(a, packed, start + tile * size, tile, rows, m, k0, depth, size, transposed, bf16)
-
-
-@mover
-def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
-    """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
-    out_of_line()
-    i0, count = tile * rows, min(rows, m - tile * rows)
-    flat, k, deep = a.reshape(-1), a.shape[1], steps(depth, bf16)
-    if transposed and bf16:
-        pair_columns(flat, k0 * m + i0, m, count, depth, packed, start, rows)
-    elif transposed:
-        for p in range(depth):
-            for i in range(count):
-                packed[start + p * rows + i] = flat[(k0 + p) * m + i0 + i]
-            for i in range(count, rows):
-                packed[start + p * rows + i] = 0
-    else:
-        for i in range(rows):
-            row, to = (i0 + i) * k + k0, start + i * (size // rows)
-            if i >= count:
-                packed[to:to + deep] = 0
-            elif bf16:
-                pair_row(flat, row, depth, packed, to)
-                fill_step(packed, to, depth, 1)
-            else:
-                for p in range(depth):
-                    packed[to + p] = flat[row + p]
-
-
-@helper
-def pack_group_of_b(b, packed, task, panels, n0, n, k, plan):
-    """A few panels of one part of one matrix of B."""
-    first, place = task % groups(panels) * GROUP, task // groups(panels)
-    k0 = place % plan.parts * plan.depth
-    pack_panels(b, packed, place * panels * plan.size_b, place // plan.parts, first,
-                min(first + GROUP, panels), n0, n, k0, k, min(plan.depth, k - k0), plan.width, plan.size_b,
-                plan.transpose_b, plan.bf16)
-
-
-@mover
-def pack_panels(b, packed, start, batch, first, last, n0, n, k0, k, depth, width, size, transposed, bf16):
-    """Panels first to last of one matrix of B from column n0 on, each at start + its number times size."""
-    whole, j = first, n0 + first * width
-    if not transposed and not bf16:
-        whole = max(first, min(last, (n - n0) // width))
-        pack_columns(b, (batch * k + k0) * n + j, n, whole - first, depth, packed, start + first * size,
-                     width, size)
-    for panel in range(whole, last):
-        pack_b(b, packed, start + panel * size, batch, n0 + panel * width, n, k0, k, depth, width, transposed,
-               bf16)
-
-
-@mover
-def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
-    """The panel of one matrix of B from column j on."""
-    out_of_line()
-    start, stride = ((batch * n + j) * k + k0, k) if transposed else ((batch * k + k0) * n + j, n)
-    count = min(width, n - j)
-    if transposed and bf16:
-        pair_transposed(b, start, stride, count, depth, packed, to, width)
-    elif transposed:
-        pack_transposed(b, start, stride, count, depth, packed, to, width)
-    elif bf16:
-        pair_columns(b, start, stride, count, depth, packed, to, width)
-    else:
-        pack_some_columns(b, start, stride, count, depth, packed, to, width)
-    if bf16:
-        fill_step(packed, to, depth, width)

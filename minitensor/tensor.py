@@ -325,7 +325,7 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
     reference: for a fused op, the same function composed of primitive ops. It runs under `unfused()` and
     under `create_graph=True`; the body then need not be polymorphic, and hands back gradients in arrays of
     its own making. In the place of a gradient that is mostly zeros it may hand back a function that adds it
-    to an array in place, or makes one if it is given None.
+    to a C-contiguous array of the input's shape, in place, or makes one if it is given None.
 
     >>> @op(np.arctan)
     ... def arctan(x):
@@ -519,10 +519,11 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                     gx = gradients[position] if position < len(gradients) else None
                     if reference is not None and callable(gx):
                         _, before, owned_before = pending.get(id(x), (x, None, False))
-                        if owned_before:
+                        if owned_before and before.flags.carray:               # not a numpy scalar
+                            alone = gx(None) if _state.observers else None
                             for observer in _state.observers:
-                                observer.backward(node, inputs, g, position, gx(None))
-                                observer.added(x, before, gx(None))
+                                observer.backward(node, inputs, g, position, alone)
+                                observer.added(x, before, alone)
                             gx(before)
                             continue
                         gx = gx(None)

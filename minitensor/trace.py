@@ -224,7 +224,7 @@ def summary(array: Any) -> Summary:
             std = math.sqrt(np.vdot(centred, centred) / centred.size)
             if math.isinf(std):                              # the squares are too large for float32
                 std = float(np.std(finite, dtype=np.float64))
-    zeros = np.count_nonzero(array == 0) / max(array.size, 1)
+    zeros = float(np.count_nonzero(array == 0) / max(array.size, 1))
     return Summary(array.shape, str(array.dtype), low, high, mean, std, zeros, array.size - finite.size,
                    _sample(array))
 

@@ -235,7 +235,8 @@ def test_sample_py(text, tmp_path, capsys):
                             ([checkpoint, "--top-k", "0", "--stream"], "--top-k is 0"),
                             ([checkpoint, "--top-p", "2"], "--top-p is 2"), ([str(text)], "verse.txt"),
                             ([checkpoint, "--temperature", "-1"], "--temperature is -1"),
-                            ([str(tmp_path / "none")], "none"), ([str(tmp_path / "broken")], "broken")]:
+                            ([str(tmp_path / "none")], "train_shakespeare.py makes one"),
+                            ([str(tmp_path / "broken")], "broken")]:
         assert sample(*arguments) == 2
         printed = capsys.readouterr()
         assert printed.err.count("\n") == 1 and said in printed.err and not printed.out, arguments
@@ -274,7 +275,8 @@ def test_a_text_without_new_lines_can_be_sampled_without_a_prompt(tmp_path, caps
     assert train(tmp_path / "line.txt", tmp_path / "out") == 0
     checkpoint = str(tmp_path / "out" / "checkpoint.safetensors")
     capsys.readouterr()
-    assert sample(checkpoint, "--count", "20") == 0 and len(capsys.readouterr().out) == 22
+    for place in (checkpoint, str(tmp_path / "out")):
+        assert sample(place, "--count", "20") == 0 and len(capsys.readouterr().out) == 22
     assert sample(checkpoint, "--seed", "-1") == 2
     refused = capsys.readouterr().err
     assert refused.startswith("error: --seed is -1;") and refused.count("\n") == 1

@@ -55,6 +55,16 @@ def test_hold_is_the_share_at_the_full_rate():
     assert np.allclose(rates[50:], np.linspace(config.lr, config.min_lr, 51)[:-1])    # then linear
 
 
+def test_a_slow_second_step_does_not_end_a_run_by_the_clock():
+    """An evaluation is expected to take as long as 50 of them, more than there is: half is left to train."""
+    config = Config(minutes=1, batch=1, context=1)
+    progress = Progress()
+    schedule = Schedule(config, progress, 150)
+    for seconds in (1.0, 2.0, *100 * [0.1]):
+        assert not schedule.over()
+        progress.after_step(1.0, 1.0, config.lr, seconds)
+
+
 @pytest.mark.parametrize("hold", [0.0, 0.5])
 @pytest.mark.parametrize("step_seconds", [0.1, 0.7])
 def test_by_the_clock_it_is_the_same_curve_over_the_time(step_seconds, hold):
