@@ -167,11 +167,10 @@ def _describe(run: Run, corpus: Corpus) -> None:
     print(f"model    {sum(p.size for p in run.model.parameters()):,} parameters: "
           f"{_count(config.layers, 'layer')}, {_count(config.heads, 'head')}, width {config.width}, "
           f"context {config.context}")
-    minutes = f"{config.minutes:g} minute{'s' * (config.minutes != 1)}"
-    length = minutes if config.minutes else f"{config.steps:,} steps"
+    length = _count(config.minutes, "minute") if config.minutes else _count(config.steps, "step")
     print(f"run      {length} of {config.batch} x {config.context} characters, seed {config.seed}"
           + (f", from step {run.progress.step:,} on" if run.progress.step else ""), flush=True)
 
 
-def _count(n: int, thing: str) -> str:
-    return f"{n} {thing}{'s' * (n != 1)}"
+def _count(n: float, thing: str) -> str:
+    return f"{n:,} {thing}{'s' * (n != 1)}".replace(".0 ", " ")
