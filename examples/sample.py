@@ -27,10 +27,6 @@ def main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.prompt == "":
         parser.error("--prompt is empty; give at least one character")
-    if options.checkpoint.is_dir():
-        options.checkpoint /= "checkpoint.safetensors"
-    if not options.checkpoint.exists():
-        parser.error(f"there is no {str(options.checkpoint)!r}; train_shakespeare.py makes one")
     model, tokenizer = load_model(options.checkpoint)
     start = first_ids(tokenizer) if options.prompt is None else tokenizer.encode(options.prompt)
     shown: list[int] = []

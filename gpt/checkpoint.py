@@ -81,7 +81,8 @@ def load(path: str | PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
     except BadInput:
         raise
     except OSError as error:
-        raise BadInput(f"{shown}: cannot read the checkpoint: {_line(error)}") from error
+        missing = "; train_shakespeare.py makes one" * isinstance(error, FileNotFoundError)
+        raise BadInput(f"{shown}: cannot read the checkpoint: {_line(error)}{missing}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise BadInput(f"{shown}: not a whole safetensors file: {_line(error)}") from error
     if metadata.pop("sha256", None) != _digest(arrays, metadata):
@@ -105,6 +106,7 @@ def _line(error: Exception) -> str:
 
 # ---- a run, and the model in it ----------------------------------------------------------------------------
 
+LAST = "checkpoint.safetensors"                                  # in a run's folder, the run as last saved
 OPTIMIZER = "optimizer."                                         # before the names of the optimizer's arrays
 
 
@@ -134,7 +136,11 @@ def load_run(path: str | PathLike[str]) -> Run:
 
 
 def load_model(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
-    """Return the model and the tokenizer of the run that `save_run` wrote; BadInput for anything else."""
+    """Return the model and the tokenizer of the run that `save_run` wrote; BadInput for anything else.
+
+    path: a checkpoint, or the folder of a run, for its last.
+    """
+    path = os.path.join(path, LAST) if os.path.isdir(path) else path
     arrays, metadata = load(path)
     with _described(path):
         config, tokenizer = _config(arrays, metadata)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels
+from gpt.checkpoint import LAST
 from gpt.cli import INTERRUPTED, Parser, interruptible, run
 from gpt.config import DEFAULT, RECIPES, Config
 from gpt.corpus import Corpus
@@ -75,7 +76,7 @@ def _main(arguments: list[str] | None) -> int:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         if options.resume:
             asked = None if options.precision == "auto" else _available(options.precision)
-            run, corpus = take_up(options.out / "checkpoint.safetensors", given, options.data, asked)
+            run, corpus = take_up(options.out / LAST, given, options.data, asked)
         else:
             run, corpus = begin(given, options.data, _available(options.precision), options.init_from)
         stack.enter_context(_precision(run.source["precision"]))
@@ -173,4 +174,4 @@ def _describe(run: Run, corpus: Corpus) -> None:
 
 
 def _count(n: float, thing: str) -> str:
-    return f"{n:,} {thing}{'s' * (n != 1)}".replace(".0 ", " ")
+    return f"{n:,.12g} {thing}{'s' * (n != 1)}"

@@ -14,15 +14,15 @@ from pathlib import Path
 import kernels
 from gpt import ahead
 from gpt.baselines import baselines
-from gpt.checkpoint import save_run
+from gpt.checkpoint import LAST, save_run
 from gpt.cli import writing
 from gpt.corpus import Corpus
 from gpt.data import replacing
 from gpt.generate import first_ids, generate
-from gpt.report import ended, report
+from gpt.report import COLOURS, ended, report
 from gpt.run import Evaluation, Run
 
-LAST, BEST = "checkpoint.safetensors", "best.safetensors"
+BEST = "best.safetensors"
 REPORT = "report.html"
 FILES = (LAST, BEST, "metrics.jsonl", REPORT, "loss.png", "sample.txt")
 SAVE_EVERY = 300.0                           # seconds, where evaluations are rarer
@@ -234,7 +234,7 @@ def plot(evaluations: list[Evaluation], path: Path) -> None:
     axes = figure.subplots()
     steps = [e.step for e in evaluations]
     curves = {"train": [e.train_loss for e in evaluations], "validation": [e.val_loss for e in evaluations]}
-    for (name, values), colour in zip(curves.items(), ("tab:orange", "tab:blue"), strict=True):
+    for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(steps, values, "o-", color=colour, markersize=3,
                   label=f"{name}, {values[-1]:.3f} at the end")
     axes.set(xlabel="steps", ylabel="loss, nats a character", xlim=(0, None))
