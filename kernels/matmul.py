@@ -20,19 +20,14 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.amx import start_tiles, stop_tiles
 from kernels.check import check
-from kernels.copies import TILES, groups, pack_block, pack_group_of_a, pack_group_of_b, pack_panels
+from kernels.copies import groups, pack_group_of_a, pack_group_of_b
 from kernels.cpu import TARGET
-from kernels.gelu import gelu_row
-from kernels.jit import helper, kernel, launch, mover, row_tasks
+from kernels.jit import helper, kernel, launch, row_tasks
 from kernels.pack import mirror_stripe
-from kernels.plan import Plan, plan_product, steps
-from kernels.relu2 import relu2_row
-from kernels.simd import address, copy_columns, finish_streams, out_of_line, stream_columns
-from kernels.tile import register_tile
+from kernels.plan import Plan, plan_product
+from kernels.product import GELU, GELU_TANH, RELU2, multiply_task
 
-GELU, GELU_TANH, RELU2 = range(3)
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
 AS_IT_IS = 1.0, 0.0         # a scale, and a shift of the diagonal
 
@@ -119,8 +114,8 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = 
                    activation: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """x (N, K), weight (M, K), bias (M,) or None -> y (N, M) and what the activation's backward pass takes.
 
-    activation: None, "gelu", "gelu_tanh" or "relu2". For the GELUs the second result is what y was before,
-    else it is y itself.
+    activation: None, "gelu", "gelu_tanh" or "relu2". For the GELUs the second result is their slope, else it
+    is y itself.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear_forward: activation is {activation!r}; it must be None or one of "
@@ -169,17 +164,17 @@ def add_rows(x, first, last, total):
 
 def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, activation=GELU, exact=False,
              mirrored=None):
-    """c = op(a) @ op(b) + bias, activated = activation(c), all 3-D; a or b may have a batch of one.
+    """c = op(a) @ op(b) + bias, all 3-D; a or b may have a batch of one.
 
-    activated: for "relu2" c itself, as its backward pass needs no more. exact: in the arrays' own precision,
-    whatever `set_matmul_precision` says. mirrored: (scale, shift) of a product that is symmetric, and has no
-    bias.
+    activated: takes activation(c), and c then what its backward pass needs; one array for "relu2". exact: in
+    the arrays' own precision, whatever `set_matmul_precision` says. mirrored: (scale, shift) of a product
+    that is symmetric, and has no bias.
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
     sizes, tasks, room = plan_product(
         count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a, transpose_b, a.strides[1],
-        mirrored is not None)
+        mirrored is not None, activated is not None)
     launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or AS_IT_IS, memory.empty(room, c.dtype),
            c[:0, 0, 0] if bias is None else bias, c[:0] if activated is None else activated, activation)
 
@@ -188,8 +183,7 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
 def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation, tasks):
     plan, n = Plan(*sizes), c.shape[2]
     packed_a, packed_b = scratch[:plan.end_a], scratch[plan.end_a:plan.end_b]
-    edge = 2 * plan.rows * plan.width
-    edges = scratch[plan.end_b:].reshape((scratch.size - plan.end_b) // edge, 2, edge // 2)
+    rooms = scratch[plan.end_b:].reshape((scratch.size - plan.end_b) // plan.room, plan.room)
     for n0 in range(0, n, plan.block_n):
         panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
         copies_a = plan.batch_a * plan.parts * groups(plan.shared) if n0 == 0 else 0
@@ -204,111 +198,10 @@ def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation,
                                 plan)
         for index in prange(tasks):
             multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, np.int64(index), plan,
-                          edges[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
+                          rooms[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
     if plan.half:
         stripes = (n + plan.width - 1) // plan.width
         for index in prange(len(c) * stripes):
             task = np.int64(index)
             mirror_stripe(c[task // stripes], task % stripes * plan.width, plan.width,
                           c.dtype.type(mirrored[0]), c.dtype.type(mirrored[1]))
-
-
-@helper
-def multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, task, plan, edges, thread, bias, activated,
-                  activation):
-    """One block of rows times one chunk of panels, part by part of K, while its part of C is near."""
-    batch, block = task // (plan.blocks * plan.chunks), task // plan.chunks % plan.blocks
-    chunk, first_copied = task % plan.chunks, plan.first_copied
-    batch_a, batch_b = batch if plan.batch_a > 1 else 0, batch if plan.batch_b > 1 else 0
-    m = c.shape[1]
-    tall = (m + plan.rows - 1) // plan.rows                                     # in register tiles
-    i0, i1 = tall * block // plan.blocks, tall * (block + 1) // plan.blocks
-    first, last = panels * chunk // plan.chunks, panels * (chunk + 1) // plan.chunks
-    own = min((tall + plan.blocks - 1) // plan.blocks, tall - first_copied)     # at most copied by a task
-    copied = max(i0, first_copied)
-    for part in range(plan.parts):
-        k0 = part * plan.depth
-        depth = min(plan.depth, k - k0)
-        copy = (batch_a * plan.parts + part) * plan.shared - first_copied                        # of tile 0
-        if not plan.shared:
-            copy = thread * own - copied
-            pack_block(a[batch_a], packed_a, copy * plan.size_a, copied, i1, plan.rows, m, k0, depth,
-                       plan.size_a, plan.transpose_a, plan.bf16)
-        start_b = thread * plan.near if plan.own_b else (batch_b * plan.parts + part) * panels
-        for panel in range(first, last, plan.near):
-            end = min(last, panel + plan.near)
-            if plan.own_b:
-                pack_panels(b, packed_b, (start_b - panel) * plan.size_b, batch_b, panel, end, n0, c.shape[2],
-                            k0, k, depth, plan.width, plan.size_b, plan.transpose_b, plan.bf16)
-            multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
-                           (start_b + (0 if plan.own_b else panel)) * plan.size_b, c[batch], i0, i1, k0,
-                           depth, n0 + panel * plan.width, end - panel, plan, part + 1 == plan.parts, edges,
-                           bias, activated[batch] if len(activated) else c[batch, :0], activation)
-
-
-@helper
-def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, panels, plan, ends, edges,
-                   bias, activated, activation):
-    """Register tiles i0 to i1, panels of columns from j0 on of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
-
-    ends: K does, so that C is whole. edges: scratch for tiles that reach beyond C, or go on to an activation
-    or past the caches.
-    """
-    (m, n), deep, rows, width = c.shape, steps(depth, plan.bf16), plan.rows, plan.width
-    edge, active_edge = edges[0], edges[1]
-    active, streams = ends and len(activated) > 0, ends and plan.streams
-    start_tiles(plan.bf16)
-    for tile in range(i0, i1):
-        i = tile * rows
-        if tile < plan.first_copied:
-            a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
-        elif plan.transpose_a and not (plan.bf16 and TILES):
-            a_at, row, step = address(packed_a, start_a + tile * plan.size_a), 1, rows
-        else:
-            a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
-        for panel in range(max(0, (i - j0) // width) if plan.half else 0, panels):
-            j = j0 + panel * width
-            inside = i + rows <= m and j + width <= n
-            before, before_row = 0, 0
-            if not inside:
-                for r in range(min(rows, m - i)):
-                    for s in range(min(width, n - j)):
-                        old = c[i + r, j + s] if k0 > 0 else bias[j + s] if bias.size else 0
-                        edge[r * width + s] = old
-                before, before_row = address(edge, 0), width
-            elif k0 > 0:
-                before, before_row = address(c, i * n + j), n
-            elif bias.size:
-                before = address(bias, j)
-            direct = inside and not active and not streams
-            to, to_row = (address(c, i * n + j), n) if direct else (address(edge, 0), width)
-            b_at, wide = address(b, start_b + panel * plan.size_b), inside or 2 * (n - j) > width
-            register_tile(c, a_at, row, step, b_at, width, to, to_row, deep, before, before_row, wide,
-                          plan.bf16)
-            if active and activation == RELU2:
-                relu2_row(edge, edge)
-            elif active:
-                gelu_row(edge, active_edge, activation == GELU_TANH)
-                place_tile(active_edge, rows, width, activated, i, j, inside, streams)
-            if not direct:
-                place_tile(edge, rows, width, c, i, j, inside, streams)
-    stop_tiles(plan.bf16)
-    if streams:
-        finish_streams()
-
-
-@mover
-def place_tile(edge, rows, width, c, i, j, inside, streams):
-    """A register tile to where it belongs."""
-    out_of_line()
-    m, n = c.shape
-    if inside and streams:
-        for r in range(rows):
-            stream_columns(edge, r * width, c, (i + r) * n + j)
-    elif inside:
-        for r in range(rows):
-            copy_columns(edge, r * width, c, (i + r) * n + j)
-    else:
-        for r in range(min(rows, m - i)):
-            for s in range(min(width, n - j)):
-                c[i + r, j + s] = edge[r * width + s]

@@ -57,8 +57,10 @@ class Plan(NamedTuple):
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
     size_b: int
-    end_a: int               # of all copies of A, and of B, in the scratch, which edges follow
+    end_a: int               # of all copies of A, and of B, in the scratch
     end_b: int
+    room: int                # for each thread behind them: a register tile, and if an activation follows,
+    #                          tiles side by side, and a row of what it gives and of what is kept
 
 
 @helper
@@ -72,14 +74,14 @@ def steps(depth, bf16):
 
 @functools.lru_cache(4096)
 def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
-                 transpose_a: bool, transpose_b: bool, row_of_a: int,
-                 half: bool) -> tuple[tuple, int, int]:
+                 transpose_a: bool, transpose_b: bool, row_of_a: int, half: bool,
+                 activated: bool) -> tuple[tuple, int, int]:
     """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
     of its tasks, and the size of its scratch. row_of_a: in bytes.
     """
     rows, width = height(bf16), columns(dtype)
     tall, panels = -(-m // rows), -(-n // width)
-    streams = not half and m * n * dtype.itemsize >= LARGE and n % (width // 2) == 0     # whole vectors
+    streams = not half and m * n * dtype.itemsize >= LARGE and n % width == 0
     parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH)))
     depth = -(-k // parts)
     depth += depth % 2 if bf16 else 0                                   # whole pairs
@@ -98,10 +100,11 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     near = min(-(-panels // chunks), max(1, NEAR // bytes_b))
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
+    room = rows * width + (near * width * (rows + 2) if activated else 0)
     plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks,
                 panels * width, near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b,
-                end_a, end_b)
-    return tuple(plan), count * blocks * chunks, end_b + max_threads() * 2 * rows * width
+                end_a, end_b, room)
+    return tuple(plan), count * blocks * chunks, end_b + max_threads() * room
 
 
 def _tasks(m: int, n: int, tall: int, panels: int, wanted: int) -> tuple[int, int]:

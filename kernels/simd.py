@@ -283,15 +283,12 @@ def fill_vectors(typing, x, start, first, end, value):
             return build.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
         values, firsts = everywhere(value), everywhere(first)
-        store = cgutils.get_or_insert_function(
-            build.module, ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), I32,
-                                                          ir.VectorType(ir.IntType(1), lanes)]),
-            f"llvm.masked.store.v{lanes}f{8 * size}.p0")
         width = ir.Constant(INDEX, lanes)
         with cgutils.for_range_slice(build, build.mul(build.sdiv(first, width), width), end, width) as (j, _):
             lane = build.add(everywhere(j), ir.Constant(places, list(range(lanes))))
-            build.call(store, [values, build.bitcast(build.gep(data, [j]), vector.as_pointer()),
-                               ir.Constant(I32, size), build.icmp_signed(">=", lane, firsts)])
+            at = build.bitcast(build.gep(data, [j]), vector.as_pointer())
+            old = build.load(at, align=size)          # not a store under a mask, which some CPUs do slowly
+            build.store(build.select(build.icmp_signed(">=", lane, firsts), values, old), at, align=size)
         return context.get_dummy_value()
 
     n = types.intp

@@ -71,7 +71,7 @@ def linear(x, weight, bias=None, *, activation=None):
         if not last or last[0] is not g:
             rows_of_g = _rows(g)
             last[:] = [g, kernels.relu2_backward(rows_of_g, kept) if activation == "relu2" else
-                       kernels.gelu_backward(rows_of_g, kept, activation == "gelu_tanh")]
+                       kernels.gelu_backward(rows_of_g, kept)]
         return last[1]
 
     return y.reshape(shape), (lambda g: kernels.matmul(dbefore(g), weight).reshape(x.shape),
@@ -96,9 +96,8 @@ def _gelu_reference(x, *, approximate=False):
 
 @fused(reference=_gelu_reference)
 def _gelu(x, *, approximate):
-    rows = _plain(x)
-    return (kernels.gelu_forward(rows, approximate),
-            lambda g: kernels.gelu_backward(_plain(g), rows, approximate))
+    y, slope = kernels.gelu_forward(_plain(x), approximate)
+    return y, lambda g: kernels.gelu_backward(_plain(g), slope)
 
 
 def gelu(x, approximate="none"):

@@ -35,13 +35,19 @@ def exp_below_loop(x, y):
 @helper
 def cdf_loop(x, y):
     for i in range(x.size):
-        y[i] = elementary.normal_cdf(x[i])
+        y[i] = elementary.normal(x[i])[0]
 
 
 @helper
 def pdf_loop(x, y):
     for i in range(x.size):
-        y[i] = elementary.normal_pdf(x[i])
+        y[i] = elementary.normal(x[i])[1]
+
+
+@helper
+def sigmoid_loop(x, y):
+    for i in range(x.size):
+        y[i] = elementary.sigmoid(x[i])
 
 
 def math_erf(x):
@@ -133,8 +139,18 @@ def test_float32_normal_distribution(loop, exact):
     y, expected = apply(loop, x), exact(x.astype(np.float64))
     assert np.abs(y - expected).max() <= 1.2e-7                             # two units of the numbers below 1
     near = np.abs(x) < 6
-    np.testing.assert_allclose(y[near], expected[near], rtol=5e-6)          # of the tails as well
+    np.testing.assert_allclose(y[near], expected[near], rtol=2e-6)          # of the tails as well
     assert (y[x > 6] <= 1).all() and (y >= 0).all()
+
+
+def test_sigmoid():
+    x = np.concatenate([np.linspace(-87.3, 30, 1_000_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+    assert ulps(apply(sigmoid_loop, x), 1 / (1 + np.exp(-x.astype(np.float64))), np.float32).max() <= 3
+    far = np.array([-INF, -1e30, -90, -89, 89, 1e30, INF, NAN])
+    for dtype in (np.float32, np.float64):
+        y = apply(sigmoid_loop, far.astype(dtype))
+        np.testing.assert_allclose(y, [0, 0, 0, 0, 1, 1, 1, NAN], rtol=0, atol=1e-38)
+        assert y[0] == y[1] == 0
 
 
 @pytest.mark.parametrize(("loop", "exact"), [(cdf_loop, normal_cdf), (pdf_loop, normal_pdf)])
