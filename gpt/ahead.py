@@ -1,13 +1,12 @@
 """A second process for kernels that are not compiled yet.
 
 A first step compiles its kernels in the order in which it needs them, on one core. Meanwhile a process of its
-own compiles the same ones from the last to the first, and the two meet in the middle: each finds on disk what
-the other has made, and waits for what it is just making (see `kernels.jit`).
+own compiles the same ones, those of attention and then from the last to the first, and the two meet in the
+middle: each finds on disk what the other has made, and waits for what it is just making (see `kernels.jit`).
 """
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import subprocess
@@ -21,6 +20,8 @@ from gpt.config import Config
 from gpt.model import GPT
 from gpt.optimizer import make_optimizer
 from gpt.train import evaluate
+
+LONGEST = "_attention_backward", "_attention_forward"      # but for products, which are compiled before them
 
 
 def start(config: Config, vocabulary: int, precision: str) -> subprocess.Popen | None:
@@ -39,7 +40,8 @@ def start(config: Config, vocabulary: int, precision: str) -> subprocess.Popen |
 def compile_step(config: Config, vocabulary: int, precision: str) -> None:
     """Compile what an evaluation and a training step of a run with this config need."""
     kernels.set_matmul_precision(precision)
-    kernels.jit.compile_backwards(lambda: _step(dataclasses.replace(config, layers=1), vocabulary))
+    one_layer = dataclasses.replace(config, layers=1)
+    kernels.jit.compile_backwards(lambda: _step(one_layer, vocabulary), LONGEST)
 
 
 def _step(config: Config, vocabulary: int) -> None:
@@ -55,6 +57,5 @@ def _step(config: Config, vocabulary: int) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()                                                   # a process of half a minute needs none
     config, vocabulary, precision = json.loads(sys.argv[1])
     compile_step(Config(**config), vocabulary, precision)

@@ -23,7 +23,8 @@ from kernels.pack import (
     prefetch_row,
 )
 from kernels.plan import steps
-from kernels.simd import LANES, address, out_of_line, transpose_block
+from kernels.rows import scale_row
+from kernels.simd import LANES, address, compact, out_of_line, transpose_block
 from kernels.tile import ROWS, height, register_tile
 
 TILES = TARGET.tiles
@@ -103,7 +104,7 @@ def multiply_columns(a, a_row, b, first_row, b_row, c, c_row, width, rows, count
 @mover
 def pack_panel(x, start, stride, count, depth, to, to_start, width, paired):
     """See `kernels.pack`."""
-    out_of_line()
+    compact()
     if paired is not None:
         pair_transposed(x, start, stride, count, depth, to, to_start, width)
         fill_step(to, to_start, depth, width)
@@ -116,7 +117,7 @@ def pair_down(x, start, stride, count, depth, to, width):
     """Pairs of rows of x, side by side: to[p, j] = (x_2p[j], x_2p+1[j]), 0 beyond count, and beyond depth to
     the end of a step.
     """
-    out_of_line()
+    compact()
     pair_columns(x, start, stride, count, depth, to, 0, width)
     fill_step(to, 0, depth, width)
 
@@ -124,7 +125,7 @@ def pair_down(x, start, stride, count, depth, to, width):
 @mover
 def pair_across(x, stride, count, depth, to, to_row):
     """What is summed over rows of x with `multiply_columns`: pairs of rows as there, or turned over."""
-    out_of_line()
+    compact()
     if TILES:
         pair_rows_of_columns(x, 0, stride, count, depth, to, 0, to_row)
     else:
@@ -134,7 +135,7 @@ def pair_across(x, stride, count, depth, to, to_row):
 @mover
 def turn_over(x, to):
     """to = xᵀ, for matrices of whole vectors."""
-    out_of_line()
+    compact()
     (rows, width), flat, to_flat = x.shape, x.reshape(-1), to.reshape(-1)
     for i in range(0, rows, LANES):
         for j in range(0, width, LANES):
@@ -144,7 +145,7 @@ def turn_over(x, to):
 @mover
 def pair_rows(x, count):
     """The first rows of x (., n) as pairs, in the first halves of their places."""
-    out_of_line()
+    compact()
     flat, width = x.reshape(-1), x.shape[1]
     for i in range(count):
         pair_row(flat, i * width, width, flat, i * width)
@@ -156,25 +157,20 @@ def pack_rows(x, start, stride, count, depth, scale, visible, to):
 
     visible: which rows to take, the others are zero; empty for all.
     """
-    out_of_line()
+    compact()
+    width = to.shape[1]
     for i in range(len(to)):
-        row = to[i]
         prefetch_row(x, start + (i + AHEAD) * stride, depth, False)
-        if i < count and (visible.size == 0 or visible[i]):
-            x_i = x[start + i * stride:start + i * stride + depth]
-            for d in range(depth):
-                row[d] = x_i[d] * scale
-            row[depth:] = 0
-        else:
-            row[:] = 0
+        seen = i < count and (visible.size == 0 or visible[i])
+        if seen:
+            scale_row(x, start + i * stride, depth, scale, to, i * width)
+        to[i, depth if seen else 0:] = 0
 
 
 @mover
 def unpack_rows(x, count, depth, scale, to, start, stride):
     """The way back: to_i[d] = scale x[i, d]."""
-    out_of_line()
+    compact()
     for i in range(count):
-        row, to_i = x[i], to[start + i * stride:start + i * stride + depth]
         prefetch_row(to, start + (i + AHEAD) * stride, depth, True)
-        for d in range(depth):
-            to_i[d] = row[d] * scale
+        scale_row(x, i * x.shape[1], depth, scale, to, start + i * stride)

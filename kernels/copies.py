@@ -16,9 +16,9 @@ from kernels.pack import (
     pair_transposed,
 )
 from kernels.plan import steps
-from kernels.simd import LANES, ROUNDS, out_of_line
+from kernels.simd import LANES, ROUNDS, compact
 
-TILES = TARGET.tiles
+TILES, BF16 = TARGET.tiles, TARGET.bf16        # asked first: numba leaves out what is not of this CPU
 GROUP = 2         # register tiles of A, or panels of B, that a task copies
 
 
@@ -45,17 +45,18 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
     unit row by row always.
     """
     whole = first
-    if transposed and bf16 and TILES:
+    if TILES and bf16 and transposed:
         i0 = first * rows
         pair_rows_of_columns(a.reshape(-1), k0 * m + i0, m, min(m, last * rows) - i0, depth, packed,
                              start + first * size, size // rows)
         whole = last
-    elif transposed and bf16 and ROUNDS and rows <= LANES and depth % 2 == 0:
+    elif ROUNDS and bf16 and transposed and rows <= LANES and depth % 2 == 0:
         whole = max(first, min(last, m // rows))
         pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, rows, size)
     elif transposed and not bf16:
-        whole = max(first, min(last, m // rows))
+        reach = max(rows, TARGET.vector_bytes // packed.itemsize)        # of a copy, beyond the tile's rows
+        whole = max(first, min(last, (m - reach) // rows + 1))
         pack_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, size)
     for tile in range(whole, last):
@@ -65,10 +66,10 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
 @mover
 def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
     """The rows of one register tile of op(A), to packed[start]: k by k if transposed, else row by row."""
-    out_of_line()
+    compact()
     i0, count = tile * rows, min(rows, m - tile * rows)
     flat, k, deep = a.reshape(-1), a.shape[1], steps(depth, bf16)
-    if transposed and bf16:
+    if BF16 and bf16 and transposed:
         pair_columns(flat, k0 * m + i0, m, count, depth, packed, start, rows)
     elif transposed:
         for p in range(depth):
@@ -81,7 +82,7 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
             row, to = (i0 + i) * k + k0, start + i * (size // rows)
             if i >= count:
                 packed[to:to + deep] = 0
-            elif bf16:
+            elif BF16 and bf16:
                 pair_row(flat, row, depth, packed, to)
                 fill_step(packed, to, depth, 1)
             else:
@@ -115,16 +116,16 @@ def pack_panels(b, packed, start, batch, first, last, n0, n, k0, k, depth, width
 @mover
 def pack_b(b, packed, to, batch, j, n, k0, k, depth, width, transposed, bf16):
     """The panel of one matrix of B from column j on."""
-    out_of_line()
+    compact()
     start, stride = ((batch * n + j) * k + k0, k) if transposed else ((batch * k + k0) * n + j, n)
     count = min(width, n - j)
-    if transposed and bf16:
+    if BF16 and bf16 and transposed:
         pair_transposed(b, start, stride, count, depth, packed, to, width)
     elif transposed:
         pack_transposed(b, start, stride, count, depth, packed, to, width)
-    elif bf16:
+    elif BF16 and bf16:
         pair_columns(b, start, stride, count, depth, packed, to, width)
     else:
         pack_some_columns(b, start, stride, count, depth, packed, to, width)
-    if bf16:
+    if BF16 and bf16:
         fill_step(packed, to, depth, width)

@@ -22,7 +22,8 @@ from kernels.blocks import (
 from kernels.dropout import halves, kept
 from kernels.elementary import exp_below
 from kernels.jit import helper, mover
-from kernels.simd import fill_vectors, out_of_line, row_max
+from kernels.rows import fill_vectors, row_max, scale_row
+from kernels.simd import compact, out_of_line
 
 
 @helper
@@ -81,7 +82,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
             if first > min(keys - 1, i + reach):
                 out[to:to + depth] = zero
             else:
-                scale_row(sums[i], one / tops[1, i], out[to:to + depth])
+                scale_row(sums, i * padded, depth, one / tops[1, i], out, to)
     stop_tiles(paired is not None)
 
 
@@ -124,12 +125,6 @@ def weigh(scores, i, n, tops, sums, paired):
                 sums[i, d] *= shrink
         tops[0, i] = m
     tops[1, i] += total
-
-
-@helper
-def scale_row(x, scale, to):
-    for d in range(to.size):
-        to[d] = x[d] * scale
 
 
 @helper
@@ -269,7 +264,7 @@ def inner(x, y):
 @mover
 def hide(row, n, visible, value):
     """value in the place of what is not visible, in the first n of a row."""
-    out_of_line()
+    compact()
     for j in range(n):
         if not visible[j]:
             row[j] = value

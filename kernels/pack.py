@@ -13,10 +13,10 @@ from kernels.simd import (
     LANES,
     ROUNDS,
     bits,
+    compact,
     copy_columns,
     copy_tile_rows,
     from_bits,
-    out_of_line,
     prefetch_columns,
     round_in_turn,
     round_interleaved,
@@ -39,7 +39,7 @@ def pack_columns(x, start, stride, panels, depth, to, to_start, width, size):
     """Whole panels of B from rows of k, size apart in `to`: to[p, j] = x_p[j], where x_p is x from
     start + p stride. A row of x is read once for all.
     """
-    out_of_line()
+    compact()
     ahead = max(2, AHEAD // max(1, panels))          # as many lines as for a single panel, or a few more
     for p in range(depth):
         row = start + p * stride
@@ -51,7 +51,7 @@ def pack_columns(x, start, stride, panels, depth, to, to_start, width, size):
 @mover
 def pack_some_columns(x, start, stride, count, depth, to, to_start, width):
     """As `pack_columns`, for a panel of which only count columns are there: the others are 0."""
-    out_of_line()
+    compact()
     for p in range(depth):
         for j in range(count):
             to[to_start + p * width + j] = x[start + p * stride + j]
@@ -62,7 +62,7 @@ def pack_some_columns(x, start, stride, count, depth, to, to_start, width):
 @mover
 def pack_transposed(x, start, stride, count, depth, to, to_start, width):
     """A panel of B from columns: to[p, j] = x_j[p] if j < count else 0; x_j is x from start + j stride."""
-    out_of_line()
+    compact()
     lanes = width // 2
     squares = depth // lanes * lanes if count == width else 0
     for p in range(0, squares, lanes):
@@ -113,7 +113,7 @@ def pair_columns(x, start, stride, count, depth, to, to_start, width):
     """As `pack_some_columns`, in pairs of rows; whole vectors are written, the last of which reaches into
     the next row, or beyond the end, if the width is not a multiple of theirs.
     """
-    out_of_line()
+    compact()
     for p in range((depth + 1) // 2):
         low, high, panel = start + 2 * p * stride, start + (2 * p + 1) * stride, to_start + p * width
         prefetch_row(x, low + AHEAD * stride, count, False)
@@ -138,7 +138,7 @@ def pair_rows_of_columns(x, start, stride, count, depth, to, to_start, to_row):
     """The columns of x as rows of pairs: to[j, p] = (x_2p[j], x_2p+1[j]), 0 beyond count and depth, in whole
     squares as wide as a vector; rows of `to` are to_row apart.
     """
-    out_of_line()
+    compact()
     width = (count + LANES - 1) // LANES * LANES
     stripe = np.empty(LANES * width, to.dtype)
     for p in range(0, (depth + 1) // 2, LANES):
@@ -152,7 +152,7 @@ def pair_rows_of_columns(x, start, stride, count, depth, to, to_start, to_row):
 @mover
 def pack_tiles(x, start, stride, tiles, depth, to, to_start, size):
     """Tiles of transposed A, size apart in `to`: to[p, i] = x_p[i]. A row of x is read once for all."""
-    out_of_line()
+    compact()
     for p in range(depth):
         row = start + p * stride
         prefetch_row(x, row + AHEAD * stride, tiles * ROWS, False)
@@ -167,7 +167,7 @@ def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     Where ROUNDS, for an even depth and panels no wider than a vector; the last vector of a panel may reach
     beyond depth / 2 * width elements, for which `size` leaves room.
     """
-    out_of_line()
+    compact()
     for p in range(depth // 2):
         low = start + 2 * p * stride
         prefetch_row(x, low + AHEAD * stride, tiles * width, False)
@@ -180,7 +180,7 @@ def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
 @mover
 def pair_transposed(x, start, stride, count, depth, to, to_start, width):
     """As `pack_transposed`, in pairs: the pairs of each column first, then as there."""
-    out_of_line()
+    compact()
     pairs = (depth + 1) // 2
     columns = np.empty(count * pairs, to.dtype)
     for j in range(count):

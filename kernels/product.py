@@ -11,7 +11,7 @@ from kernels.gelu import gelu_row
 from kernels.jit import helper, mover
 from kernels.plan import steps
 from kernels.relu2 import relu2_row
-from kernels.simd import address, copy_columns, finish_streams, out_of_line, stream_columns
+from kernels.simd import address, compact, copy_columns, finish_streams, stream_columns
 from kernels.tile import register_tile
 
 GELU, GELU_TANH, RELU2 = range(3)
@@ -125,7 +125,7 @@ def activate_row(side_by_side, r, rows, span, width, c, activated, at, count, ac
 @mover
 def stream_row(row, width, to, at):
     """A row of whole panels past the caches, to element `at` on."""
-    out_of_line()
+    compact()
     for j in range(0, row.size, width):
         stream_columns(row, j, to, at + j)
 
@@ -133,7 +133,7 @@ def stream_row(row, width, to, at):
 @mover
 def place_tile(edge, rows, width, c, i, j, inside, streams):
     """A register tile to where it belongs."""
-    out_of_line()
+    compact()
     m, n = c.shape
     if inside and streams:
         for r in range(rows):

@@ -50,6 +50,16 @@ def out_of_line(typing):
 
 
 @intrinsic
+def compact(typing):
+    """As `out_of_line`, without unrolling: for loops that run seldom, or over vector instructions already."""
+    def generate(context, build, signature, args):
+        build.function.attributes.add("noinline")
+        build.function.attributes.add("optsize")
+        return context.get_dummy_value()
+    return types.void(), generate
+
+
+@intrinsic
 def address(typing, x, start):
     """The address of element start of an array read as flat memory; the caller keeps the array alive."""
     def generate(context, build, signature, args):
@@ -138,7 +148,14 @@ def _two_vectors(size):
 
 
 copy_columns, stream_columns = _copying(_two_vectors), _copying(_two_vectors, past_caches=True)
-copy_tile_rows = _copying(lambda size: TARGET.rows)        # as many elements as the register tile has rows
+
+
+def _rows_or_vector(size):
+    """At least as many elements as the register tile has rows: a whole vector is one instruction."""
+    return max(TARGET.rows, TARGET.vector_bytes // size)
+
+
+copy_tile_rows = _copying(_rows_or_vector)
 
 
 class BFloat(ir.Type):
@@ -228,71 +245,6 @@ def prefetch_columns(typing, x, start, write):
                 prefetch(build, build.gep(data, [args[1]]), 2, written)
         return context.get_dummy_value()
     return types.void(x, types.intp, types.boolean), generate
-
-
-@intrinsic
-def row_max(typing, x, start, n):
-    """The largest of x[start : start + n], read as flat memory; NaNs are passed over, -inf where n is 0."""
-    def generate(context, build, signature, args):
-        x, start, n = args
-        real = context.get_value_type(signature.return_type)
-        size = context.get_abi_sizeof(real)
-        lanes = TARGET.vector_bytes // size
-        vector = ir.VectorType(real, lanes)
-        data = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
-        lowest = float("-inf")
-        best = cgutils.alloca_once_value(build, ir.Constant(vector, [lowest] * lanes))
-        largest = cgutils.alloca_once_value(build, ir.Constant(real, lowest))
-
-        def keep(slot, value):
-            before = build.load(slot)
-            build.store(build.select(build.fcmp_ordered(">", value, before), value, before), slot)
-
-        whole = build.udiv(n, ir.Constant(INDEX, lanes))
-        with cgutils.for_range(build, whole) as step:
-            at = build.gep(data, [build.mul(step.index, ir.Constant(INDEX, lanes))])
-            keep(best, build.load(build.bitcast(at, vector.as_pointer()), align=size))
-        with cgutils.for_range(build, n, start=build.mul(whole, ir.Constant(INDEX, lanes))) as step:
-            keep(largest, build.load(build.gep(data, [step.index])))
-        half, value = lanes // 2, build.load(best)
-        while half:                                    # the larger of two halves, until one lane is left
-            order = [ir.Constant(ir.VectorType(I32, half), list(range(k, k + half))) for k in (0, half)]
-            low, high = (build.shuffle_vector(value, value, lanes_of) for lanes_of in order)
-            value = build.select(build.fcmp_ordered(">", low, high), low, high)
-            half //= 2
-        keep(largest, build.extract_element(value, ir.Constant(I32, 0)))
-        return build.load(largest)
-
-    return x.dtype(x, types.intp, types.intp), generate
-
-
-@intrinsic
-def fill_vectors(typing, x, start, first, end, value):
-    """x[start + j] = value for first <= j < end, x read as flat memory; end is a multiple of the lanes."""
-    def generate(context, build, signature, args):
-        x, start, first, end, value = args
-        real = context.get_value_type(signature.args[4])
-        size = context.get_abi_sizeof(real)
-        lanes = TARGET.vector_bytes // size
-        vector, places = ir.VectorType(real, lanes), ir.VectorType(INDEX, lanes)
-        data = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
-
-        def everywhere(scalar):
-            one = build.insert_element(ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar,
-                                       ir.Constant(I32, 0))
-            return build.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
-
-        values, firsts = everywhere(value), everywhere(first)
-        width = ir.Constant(INDEX, lanes)
-        with cgutils.for_range_slice(build, build.mul(build.sdiv(first, width), width), end, width) as (j, _):
-            lane = build.add(everywhere(j), ir.Constant(places, list(range(lanes))))
-            at = build.bitcast(build.gep(data, [j]), vector.as_pointer())
-            old = build.load(at, align=size)          # not a store under a mask, which some CPUs do slowly
-            build.store(build.select(build.icmp_signed(">=", lane, firsts), values, old), at, align=size)
-        return context.get_dummy_value()
-
-    n = types.intp
-    return types.void(x, n, n, n, x.dtype), generate
 
 
 @intrinsic

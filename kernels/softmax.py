@@ -14,7 +14,7 @@ from kernels import memory
 from kernels.check import check
 from kernels.elementary import exp
 from kernels.jit import exact, helper, kernel, launch, row_tasks
-from kernels.simd import row_max
+from kernels.rows import row_max
 
 
 def softmax_forward(x: np.ndarray) -> np.ndarray:
