@@ -21,7 +21,7 @@ from gpt.model import GPT
 from gpt.optimizer import make_optimizer
 from gpt.train import evaluate
 
-LONGEST = "_attention_backward", "_attention_forward"      # but for products, which are compiled before them
+LONGEST = "_attention_backward", "_attention_forward"      # but for products, which the first process is at
 
 
 def start(config: Config, vocabulary: int, precision: str) -> subprocess.Popen | None:

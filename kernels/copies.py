@@ -16,7 +16,8 @@ from kernels.pack import (
     pair_transposed,
 )
 from kernels.plan import steps
-from kernels.simd import LANES, ROUNDS, compact
+from kernels.rows import scale_row
+from kernels.simd import LANES, ROUNDS, compact, copied_rows
 
 TILES, BF16 = TARGET.tiles, TARGET.bf16        # asked first: numba leaves out what is not of this CPU
 GROUP = 2         # register tiles of A, or panels of B, that a task copies
@@ -55,8 +56,7 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
         pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, rows, size)
     elif transposed and not bf16:
-        reach = max(rows, TARGET.vector_bytes // packed.itemsize)        # of a copy, beyond the tile's rows
-        whole = max(first, min(last, (m - reach) // rows + 1))
+        whole = max(first, min(last, (m - copied_rows(packed.itemsize)) // rows + 1))
         pack_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, size)
     for tile in range(whole, last):
@@ -86,8 +86,7 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
                 pair_row(flat, row, depth, packed, to)
                 fill_step(packed, to, depth, 1)
             else:
-                for p in range(depth):
-                    packed[to + p] = flat[row + p]
+                scale_row(flat, row, depth, packed.dtype.type(1), packed, to)
 
 
 @helper

@@ -1,10 +1,10 @@
 """exp, tanh, erf, the sigmoid and the normal distribution, branch-free in float32, so that loops vectorise.
 
 float64 takes the C library's functions: it is for checking, and must be as good as numpy. float32 reduces
-the range and evaluates a polynomial, within 2 units in the last place (sigmoid: 3; normal: 2e-6 of the
-value); NaN stays NaN and infinities go where they should. The coefficients are least-maximum fits
-(iteratively reweighted least squares on Chebyshev nodes) of the function named beside them. All of it is
-compiled without re-association: the order of the additions is the method.
+the range and evaluates a polynomial, within 2 units in the last place (sigmoid: 3; normal: 2e-6 of the value
+up to |x| = 6, 5e-6 beyond); NaN stays NaN and infinities go where they should. The coefficients are
+least-maximum fits (iteratively reweighted least squares on Chebyshev nodes) of the function named beside
+them. All of it is compiled without re-association: the order of the additions is the method.
 """
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from kernels.dropout import halves, kept
 from kernels.elementary import exp_below
 from kernels.jit import helper, mover
 from kernels.rows import fill_vectors, row_max, scale_row
-from kernels.simd import compact, out_of_line
+from kernels.simd import out_of_line
 
 
 @helper
@@ -264,7 +264,7 @@ def inner(x, y):
 @mover
 def hide(row, n, visible, value):
     """value in the place of what is not visible, in the first n of a row."""
-    compact()
+    out_of_line()
     for j in range(n):
         if not visible[j]:
             row[j] = value

@@ -72,7 +72,7 @@ def kernel(body: Callable) -> Any:
 
 
 def _without_collector(function: Callable, *arguments: Any) -> Any:
-    """Call it with Python's garbage collector at rest, which takes a seventh of the time to compile."""
+    """Call it with Python's garbage collector at rest: it would take a seventh of the time to compile."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -151,7 +151,7 @@ def launch(kernel: Any, tasks: int, *arguments: Any) -> None:
 def compile_backwards(function: Callable[[], Any], first: Sequence[str] = ()) -> None:
     """Compile the kernels that a function would run, the named ones and then the last one first, but for what
     another process is compiling. The function runs without them, on whatever lies in the memory that they
-    would have written.
+    would have written. ValueError if it runs none of a name.
     """
     global _planned
     planned = _planned = {}
@@ -159,6 +159,8 @@ def compile_backwards(function: Callable[[], Any], first: Sequence[str] = ()) ->
         function()
     finally:
         _planned = None
+    if unknown := set(first) - {kernel.py_func.__name__ for kernel, _ in planned}:
+        raise ValueError(f"compile_backwards: first names {', '.join(sorted(unknown))}, which does not run")
     for kernel, types in sorted(reversed(planned), key=lambda found: found[0].py_func.__name__ not in first):
         if not (isinstance(kernel._cache, _Cache) and kernel._cache.taken()):
             kernel.compile(types)

@@ -172,10 +172,10 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
     """
     count, m, n = c.shape
     bf16 = _state.precision == "bf16" and c.dtype == np.float32 and not exact
-    sizes, tasks, room = plan_product(
+    sizes, tasks, size = plan_product(
         count, m, n, k, len(a), len(b), c.dtype, bf16, transpose_a, transpose_b, a.strides[1],
         mirrored is not None, activated is not None)
-    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or AS_IT_IS, memory.empty(room, c.dtype),
+    launch(_multiply, tasks, a, b.reshape(-1), c, k, sizes, mirrored or AS_IT_IS, memory.empty(size, c.dtype),
            c[:0, 0, 0] if bias is None else bias, c[:0] if activated is None else activated, activation)
 
 

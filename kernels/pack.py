@@ -151,7 +151,10 @@ def pair_rows_of_columns(x, start, stride, count, depth, to, to_start, to_row):
 
 @mover
 def pack_tiles(x, start, stride, tiles, depth, to, to_start, size):
-    """Tiles of transposed A, size apart in `to`: to[p, i] = x_p[i]. A row of x is read once for all."""
+    """Tiles of transposed A, size apart in `to`: to[p, i] = x_p[i]. A row of x is read once for all.
+
+    `copied_rows` are read from the start of each tile's, and what they reach beyond it is overwritten next.
+    """
     compact()
     for p in range(depth):
         row = start + p * stride

@@ -28,8 +28,8 @@ FAR = 32 << 20              # bytes of copies of B that are made at a time, for 
                             # A is read again
 LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
-PAD = 16                    # and rows of their copies are so many elements further apart; room,
-                            # too, for the last vector that `pair_columns` and `pair_tiles` write
+PAD = 16                    # and rows of their copies are so many elements further apart; room, too,
+                            # for the last vector that `pack_tiles`, `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 TASKS = 2                   # for each thread
 SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
@@ -97,7 +97,8 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     bytes_b = size_b * dtype.itemsize or 1
     if not own_b:
         panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
-    near = min(-(-panels // chunks), max(1, NEAR // bytes_b))
+    beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
+    near = min(-(-panels // chunks), max(1, NEAR // (bytes_b + beside)))
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     room = rows * width + (near * width * (rows + 2) if activated else 0)

@@ -98,20 +98,21 @@ def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, p
                 place_tile(edge, rows, width, c, i, j, inside, streams)
         if active:
             for r in range(min(rows, m - i)):
-                activate_row(side_by_side, r, rows, span, width, c, activated, (i + r) * n + j0,
-                             min(n - j0, span), activation, streams)
+                activate_row(side_by_side[r * span:], side_by_side[rows * span:], span, width, c, activated,
+                             (i + r) * n + j0, min(n - j0, span), activation, streams)
     stop_tiles(plan.bf16)
     if streams:
         finish_streams()
 
 
 @helper
-def activate_row(side_by_side, r, rows, span, width, c, activated, at, count, activation, streams):
-    """The activation of a row that lies in scratch, to its place from element `at` on, and what is kept."""
-    before = side_by_side[r * span:r * span + count]
-    flat, flat_c, y_at = activated.reshape(-1), c.reshape(-1), rows * span
-    y = side_by_side[y_at:y_at + count] if streams else flat[at:at + count]
-    kept = side_by_side[y_at + span:y_at + span + count] if streams else flat_c[at:at + count]
+def activate_row(row, room, span, width, c, activated, at, count, activation, streams):
+    """The activation of a row to its place from element `at` on, and what is kept of it to C; by way of room
+    for two rows of span, where they go past the caches.
+    """
+    before, flat, flat_c = row[:count], activated.reshape(-1), c.reshape(-1)
+    y = room[:count] if streams else flat[at:at + count]
+    kept = room[span:span + count] if streams else flat_c[at:at + count]
     if activation == RELU2:
         relu2_row(before, kept)
     else:

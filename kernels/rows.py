@@ -7,15 +7,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.cpu import TARGET
-from kernels.simd import I32, INDEX
-
-
-def _everywhere(build, scalar, lanes):
-    """A vector of it."""
-    vector = ir.VectorType(scalar.type, lanes)
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = build.insert_element(undefined, scalar, ir.Constant(I32, 0))
-    return build.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+from kernels.simd import I32, INDEX, everywhere
 
 
 @intrinsic
@@ -29,7 +21,7 @@ def scale_row(typing, x, start, n, scale, to, to_start):
         vector, width = ir.VectorType(real, lanes), ir.Constant(INDEX, lanes)
         x = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
         to = build.gep(context.make_array(signature.args[4])(context, build, to).data, [to_start])
-        scales = _everywhere(build, scale, lanes)
+        scales = everywhere(build, scale, lanes)
         whole = build.mul(build.udiv(n, width), width)
         with cgutils.for_range_slice(build, ir.Constant(INDEX, 0), whole, width) as (j, _):
             from_, into = (build.bitcast(build.gep(p, [j]), vector.as_pointer()) for p in (x, to))
@@ -90,10 +82,10 @@ def fill_vectors(typing, x, start, first, end, value):
         vector, places = ir.VectorType(real, lanes), ir.VectorType(INDEX, lanes)
         data = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
 
-        values, firsts = _everywhere(build, value, lanes), _everywhere(build, first, lanes)
+        values, firsts = everywhere(build, value, lanes), everywhere(build, first, lanes)
         width = ir.Constant(INDEX, lanes)
         with cgutils.for_range_slice(build, build.mul(build.sdiv(first, width), width), end, width) as (j, _):
-            lane = build.add(_everywhere(build, j, lanes), ir.Constant(places, list(range(lanes))))
+            lane = build.add(everywhere(build, j, lanes), ir.Constant(places, list(range(lanes))))
             at = build.bitcast(build.gep(data, [j]), vector.as_pointer())
             old = build.load(at, align=size)          # not a store under a mask, which some CPUs do slowly
             build.store(build.select(build.icmp_signed(">=", lane, firsts), values, old), at, align=size)

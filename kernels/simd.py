@@ -8,6 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.cpu import TARGET
+from kernels.jit import helper
 
 LINE = 64                # bytes that a cache fetches at once
 I32, INDEX = ir.IntType(32), ir.IntType(64)
@@ -40,23 +41,28 @@ def from_bits(typing, n):
             lambda context, build, signature, args: build.bitcast(args[0], ir.FloatType()))
 
 
-@intrinsic
-def out_of_line(typing):
-    """Keep the caller from being inlined: without sums its copies cannot differ, and compile faster."""
-    def generate(context, build, signature, args):
-        build.function.attributes.add("noinline")
-        return context.get_dummy_value()
-    return types.void(), generate
+def _marking(*attributes):
+    """An intrinsic that gives these to the function that calls it."""
+    @intrinsic
+    def mark(typing):
+        def generate(context, build, signature, args):
+            for attribute in attributes:
+                build.function.attributes.add(attribute)
+            return context.get_dummy_value()
+        return types.void(), generate
+    return mark
 
 
-@intrinsic
-def compact(typing):
-    """As `out_of_line`, without unrolling: for loops that run seldom, or over vector instructions already."""
-    def generate(context, build, signature, args):
-        build.function.attributes.add("noinline")
-        build.function.attributes.add("optsize")
-        return context.get_dummy_value()
-    return types.void(), generate
+# Not inlined: without sums a function's copies cannot differ, and compile faster. Where compact, without the
+# unrolled and vectorised forms of its loops, too: they run seldom, or over vector instructions already.
+out_of_line, compact = _marking("noinline"), _marking("noinline", "optsize")
+
+
+def everywhere(build, scalar, lanes):
+    """A vector of it."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = build.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return build.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 @intrinsic
@@ -150,12 +156,15 @@ def _two_vectors(size):
 copy_columns, stream_columns = _copying(_two_vectors), _copying(_two_vectors, past_caches=True)
 
 
-def _rows_or_vector(size):
-    """At least as many elements as the register tile has rows: a whole vector is one instruction."""
+@helper
+def copied_rows(size):
+    """How many elements of so many bytes `copy_tile_rows` copies: as many as the register tile has rows, or a
+    vector, which is one instruction.
+    """
     return max(TARGET.rows, TARGET.vector_bytes // size)
 
 
-copy_tile_rows = _copying(_rows_or_vector)
+copy_tile_rows = _copying(copied_rows.py_func)
 
 
 class BFloat(ir.Type):
@@ -189,10 +198,7 @@ def _rounding(interleaved):
             vector, halves = ir.VectorType(real, LANES), ir.VectorType(BFloat(), 2 * LANES)
             lanes = ir.Constant(ir.VectorType(INDEX, LANES), list(range(LANES)))
             zero = ir.Constant(vector, [0.0] * LANES)
-            counts = build.shuffle_vector(
-                build.insert_element(ir.Constant(lanes.type, ir.Undefined), count, ir.Constant(I32, 0)),
-                ir.Constant(lanes.type, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
-            mask = build.icmp_signed("<", lanes, counts)
+            mask = build.icmp_signed("<", lanes, everywhere(build, count, LANES))
 
             load = cgutils.get_or_insert_function(
                 build.module, ir.FunctionType(vector, [vector.as_pointer(), I32, mask.type, vector]),

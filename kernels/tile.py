@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from kernels import amx
 from kernels.cpu import TARGET
-from kernels.simd import I32, INDEX, BFloat, prefetch
+from kernels.simd import INDEX, BFloat, everywhere, prefetch
 
 ROWS = TARGET.rows
 
@@ -101,8 +101,7 @@ def _tile_function(module, real, vectors, pairs):
         dot = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector, halves, halves]), name)
         return build.call(dot, [z, build.bitcast(x, halves), build.bitcast(y, halves)])
 
-    zero, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
-    first_lane = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    zero = ir.Constant(vector, [0.0] * lanes)
     rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
     for row in rows_of_c:                    # asked for by the stores at the end, each would be waited for
         prefetch(build, row, vectors, write=True)
@@ -128,9 +127,7 @@ def _tile_function(module, real, vectors, pairs):
     b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(vectors)]
     following = {}
     for i in range(ROWS):
-        scalar = build.load(build.gep(a_p, [build.mul(a_row, index(i))]))
-        broadcast = build.shuffle_vector(
-            build.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first_lane)
+        broadcast = everywhere(build, build.load(build.gep(a_p, [build.mul(a_row, index(i))])), lanes)
         for j in range(vectors):
             following[i, j] = multiply_add(broadcast, b_vectors[j], sums[i, j])
     next_p = build.add(p, index(1))

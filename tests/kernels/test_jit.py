@@ -157,13 +157,36 @@ try:
 except ValueError:
     pass
 before = compiled.copy()
-print(json.dumps([before, kernels.sum_of_squares([x]), compiled]))
+try:
+    jit.compile_backwards(function, ["_sum_of_cubes"])
+except ValueError as error:
+    message = str(error)
+print(json.dumps([before, kernels.sum_of_squares([x]), compiled, message]))
 """
 
 
 def test_compile_backwards_compiles_the_named_then_from_the_last_and_runs_nothing(tmp_path):
     names = ["_sum_of_squares", "_gelu_backward", "_gelu_forward"]
-    assert run(["-c", BACKWARDS], NUMBA_CACHE_DIR=str(tmp_path)) == [names, 20_000.0, names]
+    assert run(["-c", BACKWARDS], NUMBA_CACHE_DIR=str(tmp_path)) == [
+        names, 20_000.0, names, "compile_backwards: first names _sum_of_cubes, which does not run"]
+
+
+COLLECTOR = """
+import gc, json
+import numpy as np, kernels
+from kernels import jit
+during, after = [], []
+jit.compiling = lambda name: during.append(gc.isenabled())
+for enabled in (True, False):
+    (gc.enable if enabled else gc.disable)()
+    kernels.gelu_forward(np.ones(3, np.float32 if enabled else np.float64))
+    after.append(gc.isenabled())
+print(json.dumps([during, after]))
+"""
+
+
+def test_the_collector_rests_while_kernels_are_compiled(tmp_path):
+    assert run(["-c", COLLECTOR], NUMBA_CACHE_DIR=str(tmp_path)) == [[False, False], [True, False]]
 
 
 def test_a_changed_file_never_runs_stale_code(package, tmp_path, expected):
