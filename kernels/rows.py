@@ -81,7 +81,6 @@ def fill_vectors(typing, x, start, first, end, value):
         lanes = TARGET.vector_bytes // size
         vector, places = ir.VectorType(real, lanes), ir.VectorType(INDEX, lanes)
         data = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
-
         values, firsts = everywhere(build, value, lanes), everywhere(build, first, lanes)
         width = ir.Constant(INDEX, lanes)
         with cgutils.for_range_slice(build, build.mul(build.sdiv(first, width), width), end, width) as (j, _):
