@@ -82,5 +82,5 @@ def poison():
     def fill():
         for buffers in memory._free.values():
             for buffer in buffers:
-                buffer[:] = len(buffer) * b"\xff"
+                buffer.fill(255)
     return fill
