@@ -36,3 +36,12 @@ def _add(x, y, out, tasks):
 def add_row(x, y, out):
     for i in range(x.size):
         out[i] = x[i] + y[i]
+
+
+@helper
+def add_up(parts, total):
+    """The sum of the rows of parts, in their order: what tasks have added up, each for itself."""
+    for j in range(total.size):
+        total[j] = parts[0, j]
+    for part in range(1, len(parts)):
+        add_row(total, parts[part], total)

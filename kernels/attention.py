@@ -26,6 +26,7 @@ at all gets zeros, and passes no gradient on.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -155,10 +156,8 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
     norms = sizes.room()((batch, heads, time), q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        _, padded, block, queries = blocks = _blocks(depth, keys, q.dtype, paired)
-        rows = _round_up(keys, block)
-        scratch = _scratch(q.dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
-                           (queries, padded), (2, queries))
+        blocks, room = _plan_forward(keys, depth, q.dtype, paired)
+        scratch = _scratch(room, q.dtype)
         launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
                norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
     return out, norms
@@ -171,17 +170,8 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        _, padded, block, queries = blocks = _blocks(depth, keys, q.dtype, paired)
-        rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
-        turned = TILES and paired                         # sums over queries are made as cᵀ there
-        sums = (padded, block_rows) if turned else (block_rows, padded)
-        pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
-        block_pairs = queries // 2 * block_rows if paired else 0     # LANES: so that rows share no cache sets
-        scratch = _scratch(q.dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
-                           (block * padded,), (block * padded,), (block, padded),
-                           sums, sums, (queries, block_rows), (queries, block_rows),
-                           pairs, pairs, (block_pairs,), (block_pairs,),
-                           (block_rows, padded) if turned else (0, 0))
+        blocks, room = _plan_backward(time, keys, depth, q.dtype, paired)
+        scratch = _scratch(room, q.dtype)
         launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
                sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
                sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
@@ -208,17 +198,51 @@ def _blocks(depth: int, keys: int, dtype: np.dtype, paired: bool | None) -> tupl
     return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), UNROLLED), QUERIES[paired is not None]
 
 
+@functools.lru_cache(4096)
+def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -> tuple[tuple, tuple]:
+    """The blocks, and what `_scratch` takes, in the order in which `head_forward` names it."""
+    _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
+    rows = _round_up(keys, block)
+    return blocks, _room(dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
+                         (queries, padded), (2, queries))
+
+
+@functools.lru_cache(4096)
+def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
+                   paired: bool | None) -> tuple[tuple, tuple]:
+    """As `_plan_forward`, for `head_backward`."""
+    _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
+    rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
+    turned = TILES and paired                             # sums over queries are made as cᵀ there
+    sums = (padded, block_rows) if turned else (block_rows, padded)
+    pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
+    block_pairs = queries // 2 * block_rows if paired else 0         # LANES: so that rows share no cache sets
+    return blocks, _room(dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
+                         (block * padded,), (block * padded,), (block, padded),
+                         sums, sums, (queries, block_rows), (queries, block_rows),
+                         pairs, pairs, (block_pairs,), (block_pairs,),
+                         (block_rows, padded) if turned else (0, 0))
+
+
+def _room(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple:
+    """How large arrays of these shapes for each thread are together, in bytes; their shapes, and where each
+    begins, at a line of the cache.
+    """
+    sizes = [_round_up(max_threads() * math.prod(shape) * dtype.itemsize, LINE) for shape in shapes]
+    return sum(sizes), [((max_threads(), *shape), start)
+                        for shape, start in zip(shapes, itertools.accumulate(sizes, initial=0), strict=False)]
+
+
+def _scratch(room: tuple, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """The arrays of `_room`, cut from one."""
+    size, places = room
+    memory_of_all = memory.empty(size, np.uint8)
+    return tuple([np.ndarray(shape, dtype, memory_of_all, start) for shape, start in places])
+
+
+@functools.lru_cache(256, typed=True)
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
     return keep_below(p), dtype.type(1 / (1 - p)), start_of(seed)
-
-
-def _scratch(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Arrays of these shapes for each thread, cut from one, each of which begins at a line of the cache."""
-    sizes = [_round_up(max_threads() * math.prod(shape), LINE // dtype.itemsize) for shape in shapes]
-    starts = itertools.accumulate(sizes[:-1], initial=0)
-    room = memory.empty(sum(sizes), dtype)
-    return tuple([np.ndarray((max_threads(), *shape), dtype, room, start * dtype.itemsize)
-                  for shape, start in zip(shapes, starts, strict=True)])
 
 
 @kernel

@@ -13,6 +13,7 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.add import add_up
 from kernels.check import check
 from kernels.jit import helper, kernel, launch, row_tasks
 
@@ -24,7 +25,7 @@ def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None =
     check("layernorm_forward", "gain", gain, x.shape[1:], like=x)
     if bias is not None:
         check("layernorm_forward", "bias", bias, x.shape[1:], like=x)
-    y, mean, rstd = (memory.empty(shape, x.dtype) for shape in (x.shape, x.shape[:1], x.shape[:1]))
+    y, (mean, rstd) = memory.empty(x.shape, x.dtype), memory.empty((2, len(x)), x.dtype)
     launch(_layernorm_forward, row_tasks(x), x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps),
            y, mean, rstd)
     return y, mean, rstd
@@ -40,11 +41,9 @@ def layernorm_backward(dy: np.ndarray, x: np.ndarray, gain: np.ndarray, mean: np
     check("layernorm_backward", "rstd", rstd, dy.shape[:1], like=dy)
     tasks = row_tasks(x)
     dx = memory.empty(x.shape, x.dtype)
-    partial = memory.zeros((2, tasks, x.shape[1]), x.dtype)
-    sums = memory.empty((2, x.shape[1]), x.dtype)
-    launch(_layernorm_backward, tasks, dy, x, gain, mean, rstd, dx, partial[0], partial[1])
-    np.sum(partial, axis=1, out=sums)
-    return dx, sums[0], sums[1]
+    partial, sums = memory.empty((tasks, 2 * x.shape[1]), x.dtype), memory.empty(2 * x.shape[1], x.dtype)
+    launch(_layernorm_backward, tasks, dy, x, gain, mean, rstd, dx, partial, sums)
+    return dx, sums[:x.shape[1]], sums[x.shape[1]:]
 
 
 @kernel
@@ -75,11 +74,22 @@ def layernorm_row(x, gain, bias, eps, y):
 
 
 @kernel
-def _layernorm_backward(dy, x, gain, mean, rstd, dx, dgain, dbias, tasks):
+def _layernorm_backward(dy, x, gain, mean, rstd, dx, partial, sums, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
-            layernorm_row_backward(dy[i], x[i], gain, mean[i], rstd[i], dx[i], dgain[task], dbias[task])
+        layernorm_rows_backward(dy, x, gain, mean, rstd, dx, len(x) * task // tasks,
+                                len(x) * (task + 1) // tasks, partial[task])
+    add_up(partial, sums)
+
+
+@helper
+def layernorm_rows_backward(dy, x, gain, mean, rstd, dx, first, last, sums):
+    """Rows first to last; their sums are dgain and dbias, side by side."""
+    for j in range(sums.size):
+        sums[j] = 0
+    dgain, dbias = sums[:gain.size], sums[gain.size:]
+    for i in range(first, last):
+        layernorm_row_backward(dy[i], x[i], gain, mean[i], rstd[i], dx[i], dgain, dbias)
 
 
 @helper

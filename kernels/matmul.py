@@ -20,6 +20,7 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
+from kernels.add import add_up
 from kernels.check import check
 from kernels.copies import groups, pack_group_of_a, pack_group_of_b
 from kernels.cpu import TARGET
@@ -136,21 +137,24 @@ def column_sum(x: np.ndarray) -> np.ndarray:
     """The sum of the rows of x (N, C) -> (C,)."""
     check("column_sum", "x", x, (None, None))
     tasks = row_tasks(x)
-    partial = memory.zeros((tasks, x.shape[1]), x.dtype)
-    launch(_column_sum, tasks, x, partial)
-    return np.sum(partial, axis=0, out=memory.empty(x.shape[1], x.dtype))
+    partial, total = memory.empty((tasks, x.shape[1]), x.dtype), memory.empty(x.shape[1], x.dtype)
+    launch(_column_sum, tasks, x, partial, total)
+    return total
 
 
 @kernel
-def _column_sum(x, partial, tasks):
+def _column_sum(x, partial, total, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        add_rows(x, len(x) * task // tasks, len(x) * (task + 1) // tasks, partial[task])
+        sum_rows(x, len(x) * task // tasks, len(x) * (task + 1) // tasks, partial[task])
+    add_up(partial, total)
 
 
 @helper
-def add_rows(x, first, last, total):
+def sum_rows(x, first, last, total):
     """Four rows at a time, as the total is read and written for each."""
+    for j in range(total.size):
+        total[j] = 0
     whole = first + (last - first) // 4 * 4
     for i in range(first, whole, 4):
         a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]

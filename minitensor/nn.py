@@ -11,7 +11,7 @@ import numpy as np
 from minitensor import explain
 from minitensor.fused import dropout, embedding, layernorm, linear
 from minitensor.random import generator
-from minitensor.tensor import Tensor, _state
+from minitensor.tensor import Tensor, _state, note_change
 
 
 class Module:
@@ -85,7 +85,7 @@ class Module:
         explain.require_fit(self, state, self.state_dict())
         for name, tensor in self.named_tensors():
             tensor.data[...] = state[name]
-            tensor.data = tensor.data                       # so that a graph of the old values notices
+        note_change(tensor for _, tensor in self.named_tensors())
 
     def train(self, mode: bool = True) -> Module:
         """Switch this module and all below it to training (dropout on), or to evaluation for mode=False."""

@@ -9,7 +9,7 @@ import numpy as np
 
 import kernels
 from minitensor import explain
-from minitensor.tensor import Tensor
+from minitensor.tensor import Tensor, note_change
 
 
 def grad_norm(parameters: Iterable[Tensor]) -> float:
@@ -74,12 +74,6 @@ def trapezoid(step: float, steps: int, warmup: int, lr: float, min_lr: float, ho
         return lr * (step + 1) / (warmup + 1)
     falls = max(warmup, hold)
     return lr + (min_lr - lr) * min(1.0, max(0.0, step - falls) / max(1, steps - falls))
-
-
-def _note_change(parameters: list[Tensor]) -> None:
-    """Kernels have written into them: a graph of the old values is to notice."""
-    for p in parameters:
-        p.data = p.data
 
 
 def _require_decay(name: str, weight_decay: float) -> None:
@@ -221,7 +215,7 @@ class AdamW(_Optimizer):
                           [self.first[i] for i in group], [self.second[i] for i in group],
                           [self.weight_decay if p.ndim > 1 else 0.0 for p in parameters], steps, self.lr,
                           *self.betas, self.eps, scale)
-            _note_change(parameters)
+            note_change(parameters)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The moments, "first.0", "second.0" and so on, sharing memory, and "steps", those of each."""
@@ -277,7 +271,7 @@ class Muon(_Optimizer):
             kernels.muon([p.data for p in parameters], [_gradient(p) for p in parameters],
                          [self.momenta[i] for i in group], [self.parts[i] for i in group], self.lr,
                          self.momentum, self.weight_decay, scale)
-            _note_change(parameters)
+            note_change(parameters)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The momenta by name: "momentum.0" and so on; memory is shared."""

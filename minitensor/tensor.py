@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -352,7 +352,7 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
 
         @functools.wraps(body)
         def recorded(*inputs: Any, **options: Any) -> Any:
-            if any(isinstance(x, Tensor) for x in options.values()):
+            if options and any(isinstance(x, Tensor) for x in options.values()):
                 bound = signature.bind(*inputs, **options)
                 inputs, options = bound.args, bound.kwargs
             dtype = _common_dtype(name, inputs)
@@ -382,8 +382,7 @@ def op(*numpy_functions: Callable, reference: Callable | None = None) -> Callabl
                 raise TypeError(f"{name}: the value is an array of {result._data.dtype}; an op gives float32 "
                                 "or float64")
             result._changed, result.grad, result.node = 0, None, None
-            result.requires_grad = _state.recording and any(isinstance(x, Tensor) and x.requires_grad
-                                                            for x in inputs)
+            result.requires_grad = _state.recording and _needs_gradient(inputs)
             if result.requires_grad:
                 result.node = Node(recorded, inputs, options, vjp)
             for observer in _state.observers:
@@ -441,6 +440,14 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
         found = {id(x): g for x, g, _ in _walk(output, gradient, xs, retain_graph, create_graph)}
     results = (found.get(id(x), np.zeros_like(x.data)) for x in xs)
     return tuple(g if isinstance(g, Tensor) else Tensor(np.array(g)) for g in results)
+
+
+def note_change(tensors: Iterable[Tensor]) -> None:
+    """Their arrays were written into: a walk back over an op that used the old values is to notice."""
+    global _last_change
+    _last_change = next(_serial)
+    for tensor in tensors:
+        tensor._changed = _last_change
 
 
 def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -541,9 +548,10 @@ def _fitting(gx: Any, x: Tensor, node: Node, position: int) -> Any:
     if not isinstance(gx, (Tensor, np.ndarray, np.generic)):
         raise TypeError(f"backward: the vjp of '{name}' gave {_kind(gx)} for argument {position}, "
                         "which requires a gradient; give an array")
-    if gx.shape != x.shape:
-        gx = _unbroadcast(gx, x.shape, name)
-    if gx.dtype != x.dtype:
+    wanted = x._data
+    if gx.shape != wanted.shape:
+        gx = _unbroadcast(gx, wanted.shape, name)
+    if gx.dtype != wanted.dtype:
         raise TypeError(f"backward: the vjp of '{name}' gave a {gx.dtype} gradient for a {x.dtype} input; "
                         "keep Python scalars as they are, and convert constant arrays")
     return gx
@@ -593,13 +601,24 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
 
 def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
     """The dtype of the Tensors among inputs (None if there is no Tensor); TypeError if floats are mixed."""
-    dtype = next((x._data.dtype for x in inputs if isinstance(x, Tensor)), None)
-    if dtype is not None:
-        for position, x in enumerate(inputs):
-            if isinstance(x, (Tensor, np.ndarray)) and x.dtype != dtype and x.dtype.kind == "f":
-                raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {x.dtype}, "
-                                f"another is {dtype}; convert one with .astype(np.{dtype})")
+    dtype = None
+    for x in inputs:
+        if isinstance(x, Tensor):
+            dtype = x._data.dtype
+            break
+    for position, x in enumerate(inputs if dtype is not None else ()):
+        array = x._data if isinstance(x, Tensor) else x
+        if isinstance(array, np.ndarray) and array.dtype != dtype and array.dtype.kind == "f":
+            raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {array.dtype}, "
+                            f"another is {dtype}; convert one with .astype(np.{dtype})")
     return dtype
+
+
+def _needs_gradient(inputs: tuple) -> bool:
+    for x in inputs:                                         # (a generator would take three times as long)
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def _listed(x: Any, dtype: np.dtype) -> np.ndarray:
