@@ -1,4 +1,4 @@
-"""The sum of two arrays: a residual stream, or a gradient that comes from two sides.
+"""Sums: of two arrays, a residual stream or a gradient from two sides, and of what tasks have added up.
 
     z = x + y            dx = dy = dz
 """

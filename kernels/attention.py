@@ -156,8 +156,8 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
     norms = sizes.room()((batch, heads, time), q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        blocks, room = _plan_forward(keys, depth, q.dtype, paired)
-        scratch = _scratch(room, q.dtype)
+        blocks, places = _plan_forward(keys, depth, q.dtype, paired)
+        scratch = _scratch(places, q.dtype)
         launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
                norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
     return out, norms
@@ -170,8 +170,8 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        blocks, room = _plan_backward(time, keys, depth, q.dtype, paired)
-        scratch = _scratch(room, q.dtype)
+        blocks, places = _plan_backward(time, keys, depth, q.dtype, paired)
+        scratch = _scratch(places, q.dtype)
         launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
                sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
                sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
@@ -198,16 +198,16 @@ def _blocks(depth: int, keys: int, dtype: np.dtype, paired: bool | None) -> tupl
     return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), UNROLLED), QUERIES[paired is not None]
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(256)
 def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -> tuple[tuple, tuple]:
-    """The blocks, and what `_scratch` takes, in the order in which `head_forward` names it."""
+    """The blocks, and the places of the scratch, in the order in which `head_forward` names it."""
     _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
     rows = _round_up(keys, block)
-    return blocks, _room(dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
-                         (queries, padded), (2, queries))
+    return blocks, _places(dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
+                           (queries, padded), (2, queries))
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(256)
 def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
                    paired: bool | None) -> tuple[tuple, tuple]:
     """As `_plan_forward`, for `head_backward`."""
@@ -217,30 +217,30 @@ def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
     sums = (padded, block_rows) if turned else (block_rows, padded)
     pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
     block_pairs = queries // 2 * block_rows if paired else 0         # LANES: so that rows share no cache sets
-    return blocks, _room(dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
-                         (block * padded,), (block * padded,), (block, padded),
-                         sums, sums, (queries, block_rows), (queries, block_rows),
-                         pairs, pairs, (block_pairs,), (block_pairs,),
-                         (block_rows, padded) if turned else (0, 0))
+    return blocks, _places(dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
+                           (block * padded,), (block * padded,), (block, padded),
+                           sums, sums, (queries, block_rows), (queries, block_rows),
+                           pairs, pairs, (block_pairs,), (block_pairs,),
+                           (block_rows, padded) if turned else (0, 0))
 
 
-def _room(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple:
-    """How large arrays of these shapes for each thread are together, in bytes; their shapes, and where each
-    begins, at a line of the cache.
+def _places(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[int, tuple]:
+    """Arrays of these shapes for each thread, one behind the other: the bytes of all; the shape of each, and
+    the byte where it begins, with a line of the cache.
     """
     sizes = [_round_up(max_threads() * math.prod(shape) * dtype.itemsize, LINE) for shape in shapes]
-    return sum(sizes), [((max_threads(), *shape), start)
-                        for shape, start in zip(shapes, itertools.accumulate(sizes, initial=0), strict=False)]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return sum(sizes), tuple([((max_threads(), *shape), start)
+                              for shape, start in zip(shapes, starts, strict=True)])
 
 
-def _scratch(room: tuple, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """The arrays of `_room`, cut from one."""
-    size, places = room
-    memory_of_all = memory.empty(size, np.uint8)
-    return tuple([np.ndarray(shape, dtype, memory_of_all, start) for shape, start in places])
+def _scratch(places: tuple[int, tuple], dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """The arrays of `_places`, cut from one."""
+    size, cuts = places
+    room = memory.empty(size, np.uint8)
+    return tuple([np.ndarray(shape, dtype, room, start) for shape, start in cuts])
 
 
-@functools.lru_cache(256, typed=True)
 def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
     return keep_below(p), dtype.type(1 / (1 - p)), start_of(seed)
 

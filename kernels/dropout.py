@@ -8,6 +8,8 @@ two rounds of xor, shift and multiply mix the column with them.
 """
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numba import prange
 
@@ -59,6 +61,11 @@ def start_of(seed: int) -> np.uint64:
     """Where the sequence of row keys starts: a hash, so that no seed's sequence is another's, a row on."""
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
         raise ValueError(f"dropout: seed is {seed!r}; it must be an integer in 0 to 2**64 - 1")
+    return _start_of(int(seed))
+
+
+@functools.lru_cache(256)
+def _start_of(seed: int) -> np.uint64:
     with np.errstate(over="ignore"):
         return splitmix(U64(seed) + WEYL)
 

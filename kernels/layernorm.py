@@ -25,7 +25,8 @@ def layernorm_forward(x: np.ndarray, gain: np.ndarray, bias: np.ndarray | None =
     check("layernorm_forward", "gain", gain, x.shape[1:], like=x)
     if bias is not None:
         check("layernorm_forward", "bias", bias, x.shape[1:], like=x)
-    y, (mean, rstd) = memory.empty(x.shape, x.dtype), memory.empty((2, len(x)), x.dtype)
+    y = memory.empty(x.shape, x.dtype)
+    mean, rstd = memory.empty((2, len(x)), x.dtype)
     launch(_layernorm_forward, row_tasks(x), x, gain, gain[:0] if bias is None else bias, x.dtype.type(eps),
            y, mean, rstd)
     return y, mean, rstd

@@ -152,7 +152,7 @@ def _column_sum(x, partial, total, tasks):
 
 @helper
 def sum_rows(x, first, last, total):
-    """Four rows at a time, as the total is read and written for each."""
+    """The sum of rows first to last, four at a time, as the total is read and written for each."""
     for j in range(total.size):
         total[j] = 0
     whole = first + (last - first) // 4 * 4

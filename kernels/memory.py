@@ -2,8 +2,8 @@
 
 `empty` hands out an array whose buffer comes back here when its last view dies, by reference counting alone.
 Sizes come in four steps to an octave; a request takes the smallest free buffer of at most twice its size.
-Buffers are cut from slabs of huge pages, where Linux has them: a step of training is 2 to 7 % faster if
-the CPU has fewer pages to look up.
+Buffers are cut from slabs of huge pages, where Linux has them: a CPU that has fewer pages to look up makes a
+step of training some percent faster.
 """
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import mmap
-import threading
 from collections import defaultdict
 from typing import Any
 
@@ -29,8 +28,7 @@ class _Buffer(np.ndarray):
 
 
 _free: defaultdict[int, list[_Buffer]] = defaultdict(list)
-_rest = np.empty(0, np.uint8)            # of the slab
-_cutting = threading.Lock()
+_rests: list[np.ndarray] = []            # of slabs; several if threads have cut at the same time
 
 
 class _Lease(np.ndarray):
@@ -68,8 +66,9 @@ def free_bytes() -> int:
 
 
 def release() -> None:
-    """Give up the free buffers: a slab goes back to the system when all that was cut from it is free."""
+    """Give up the free buffers. A slab goes back to the system when no array lives that was cut from it."""
     _free.clear()
+    _rests.clear()
 
 
 @functools.lru_cache(4096)
@@ -89,16 +88,19 @@ def _size(step: int) -> int:
 
 
 def _allocate(step: int) -> _Buffer:
-    global _rest
     size = _size(step)
     taken = -(-size // PAGE) * PAGE                          # so that the next one begins with a page, too
-    with _cutting:
-        if taken > SLAB:
-            memory = _map(taken)
-        else:
-            if taken > _rest.size:
-                _rest = _map(SLAB)
-            memory, _rest = _rest[:taken], _rest[taken:]
+    if taken > SLAB:
+        memory = _map(taken)
+    else:
+        try:
+            rest = _rests.pop()                              # no lock: a signal's handler would hang in it
+        except IndexError:
+            rest = _map(SLAB)
+        if taken > rest.size:
+            rest = _map(SLAB)
+        memory = rest[:taken]
+        _rests.append(rest[taken:])
     buffer = memory[:size].view(_Buffer)
     buffer.step = step
     return buffer

@@ -85,7 +85,7 @@ class Module:
         explain.require_fit(self, state, self.state_dict())
         for name, tensor in self.named_tensors():
             tensor.data[...] = state[name]
-        note_change(tensor for _, tensor in self.named_tensors())
+            note_change([tensor])
 
     def train(self, mode: bool = True) -> Module:
         """Switch this module and all below it to training (dropout on), or to evaluation for mode=False."""

@@ -445,9 +445,9 @@ def grad(output: Tensor, inputs: Tensor | Sequence[Tensor], gradient: Any = None
 def note_change(tensors: Iterable[Tensor]) -> None:
     """Their arrays were written into: a walk back over an op that used the old values is to notice."""
     global _last_change
-    _last_change = next(_serial)
+    _last_change = change = next(_serial)
     for tensor in tensors:
-        tensor._changed = _last_change
+        tensor._changed = change
 
 
 def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -552,8 +552,8 @@ def _fitting(gx: Any, x: Tensor, node: Node, position: int) -> Any:
     if gx.shape != wanted.shape:
         gx = _unbroadcast(gx, wanted.shape, name)
     if gx.dtype != wanted.dtype:
-        raise TypeError(f"backward: the vjp of '{name}' gave a {gx.dtype} gradient for a {x.dtype} input; "
-                        "keep Python scalars as they are, and convert constant arrays")
+        raise TypeError(f"backward: the vjp of '{name}' gave a {gx.dtype} gradient for a {wanted.dtype} "
+                        "input; keep Python scalars as they are, and convert constant arrays")
     return gx
 
 
@@ -601,12 +601,13 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
 
 def _common_dtype(name: str, inputs: tuple) -> np.dtype | None:
     """The dtype of the Tensors among inputs (None if there is no Tensor); TypeError if floats are mixed."""
-    dtype = None
     for x in inputs:
         if isinstance(x, Tensor):
             dtype = x._data.dtype
             break
-    for position, x in enumerate(inputs if dtype is not None else ()):
+    else:
+        return None
+    for position, x in enumerate(inputs):
         array = x._data if isinstance(x, Tensor) else x
         if isinstance(array, np.ndarray) and array.dtype != dtype and array.dtype.kind == "f":
             raise TypeError(f"{name}: float32 and float64 are mixed: argument {position} is {array.dtype}, "

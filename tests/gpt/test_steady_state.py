@@ -49,4 +49,4 @@ def test_memory_is_flat_after_the_first_hundred_steps():
     finally:
         gc.enable()
     assert set(allocated) == {free}, "every buffer comes back after every step, and none is added"
-    assert resident_bytes() - resident < 2**20
+    assert resident_bytes() - resident <= 2**22, "two huge pages that were begun may be filled"

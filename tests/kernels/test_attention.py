@@ -11,6 +11,7 @@ import pytest
 import kernels
 from kernels import memory
 from kernels.attention import MANY_KEYS
+from kernels.cpu import TARGET
 from kernels.simd import ROUNDS
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -393,3 +394,30 @@ def test_process_never_holds_a_matrix_of_time_by_time():
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     one_array = 8192 * 16 * 4 / 1024                     # KiB in T x D; T x T would be 512 of them
     assert int(ran.stdout) < 50 * one_array
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1", [1], np.array([3])])
+def test_a_wrong_seed_is_named(seed):
+    with pytest.raises(ValueError, match=r"^dropout: seed is .*; it must be an integer in 0 to 2\*\*64 - 1$"):
+        kernels.attention_forward(normal(1, 3, 12), 1, True, 0.5, seed)
+
+
+def test_shapes_that_come_again_in_another_precision_and_dtype(same_bits):
+    """How the work is cut up is kept by shape, but not by shape alone."""
+    qkv, dout = normal(1, 200, 96), normal(1, 200, 32)
+
+    def both_ways(dtype, precision="highest"):
+        kernels.set_matmul_precision(precision)
+        x, dy = qkv.astype(dtype), dout.astype(dtype)
+        out, norms = kernels.attention_forward(x, 1)
+        dx = kernels.attention_backward(dy, x, out, norms, 1)
+        kernels.set_matmul_precision("highest")
+        assert out.dtype == dx.dtype == dtype
+        return out, dx
+
+    first, exact = both_ways(np.float32), both_ways(np.float64)
+    rounded = both_ways(np.float32, "bf16" if TARGET.bf16 else "highest")
+    for result, value in zip((*first, *rounded), 2 * exact, strict=True):
+        np.testing.assert_allclose(result, value, atol=0.05)
+    same_bits(both_ways(np.float32), first)
+    same_bits(both_ways(np.float64), exact)

@@ -3,7 +3,9 @@ import gc
 import itertools
 import math
 import runpy
+import signal
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,78 @@ def test_threads_do_not_get_one_anothers_memory():
         thread.join()
     assert not failures
     assert all((x == mark).all() for x, mark in shared)
+
+
+def test_threads_cut_slabs_without_overlap():
+    """All that six threads take lives at once, so that none is memory used before."""
+    taken, start = [], threading.Barrier(6)
+
+    def take(number):
+        sizes = np.random.default_rng(number).integers(1, 100_000, 400)
+        start.wait()
+        taken.extend([memory.empty(int(size), np.uint8) for size in sizes])
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 2400
+    spans = sorted((address(x), address(x) + x.size) for x in taken)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that send signals")
+def test_a_signal_handler_may_take_memory():
+    """It runs between any two instructions of this thread, that take memory, too."""
+    inside, outside = [], []
+    before = signal.signal(signal.SIGALRM, lambda *_: inside.append(memory.empty(3000, np.uint8)))
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    try:
+        while len(inside) < 100:
+            outside.append(memory.empty(5000, np.uint8))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    spans = sorted((address(x), address(x) + x.size) for x in (*inside, *outside))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_release_gives_a_slab_back_when_nothing_of_it_lives():
+    kept, gone = memory.empty(1000), memory.empty(1000)
+    slab = root(kept)
+    assert root(gone) is slab
+    slab = weakref.ref(slab)
+    del gone
+    memory.release()
+    assert slab() is not None
+    del kept
+    memory.release()
+    assert slab() is None
+
+
+def root(x):
+    """What all memory of x was cut from."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+@pytest.mark.parametrize("size", [memory.SLAB - 1, memory.SLAB, memory.SLAB + 1, 3 * memory.SLAB])
+def test_buffers_as_large_as_a_slab(size):
+    x, y = memory.empty(size, np.uint8), memory.empty(size, np.uint8)
+    places = {address(x), address(y)}
+    x[[0, -1]], y[[0, -1]] = 1, 2
+    assert x[0] == x[-1] == 1
+    del x, y
+    assert {address(memory.empty(size, np.uint8))} <= places
+
+
+def test_memory_without_huge_pages(monkeypatch):
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 10**6, raising=False)     # the system refuses
+    x = memory.empty(5000)
+    x.fill(1)
+    assert x.sum() == 5000
 
 
 def test_a_loop_of_all_kernels_comes_to_need_no_new_memory():

@@ -216,6 +216,16 @@ def test_modules_are_torch_nns(pair, bias, dtype, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
 
 
+def test_weights_half_loaded_are_noticed():
+    layer = nn.Linear(2, 1)
+    loss = np.sum(np.square(layer(Tensor([[1.0, 2.0]]))))
+    layer.bias.data.flags.writeable = False                  # comes after the weight
+    with pytest.raises(ValueError, match="read-only"):
+        layer.load_state_dict(nn.Linear(2, 1).state_dict())
+    with pytest.raises(RuntimeError, match=r"input of op 'linear', of shape \(1, 2\), "):
+        minitensor.grad(loss, layer.weight)
+
+
 def test_linear_applies_its_activation():
     layer, x = nn.Linear(6, 4), Tensor(numbers(3, 6))
     for activation, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):

@@ -436,3 +436,15 @@ def test_together_takes_all_of_a_state_or_nothing():
     with pytest.raises(ValueError, match=r"Muon does not fit: 'momentum\.0' is"):
         both.load_state_dict(state)
     assert not any(array.any() for array in both.state_dict().values())
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, Muon, SGD])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_parameter_of_a_step_is_noted(optimizer, number):
+    """A graph of its old values does not go on."""
+    parameters = [Tensor(np.ones((2, 3), np.float32), requires_grad=True) for _ in range(3)]
+    np.sum(parameters[0] * parameters[1] * parameters[2]).backward()
+    later = np.sum(np.square(parameters[number]))
+    optimizer(parameters, lr=0.1).step()
+    with pytest.raises(RuntimeError, match="backward: the input of op 'square'"):
+        later.backward()
