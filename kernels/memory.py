@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 PAGE = 4096
-SLAB = 32 << 20          # bytes of memory that buffers are cut from; larger ones have their own
+LARGE = 8 << 20          # bytes: from here on sizes are whole huge pages, and a buffer has its own
+SLAB = 2 * LARGE         # what smaller ones are cut from
 
 
 class _Buffer(np.ndarray):
@@ -66,14 +67,19 @@ def free_bytes() -> int:
 
 
 def release() -> None:
-    """Give up the free buffers. A slab goes back to the system when no array lives that was cut from it."""
-    _free.clear()
-    _rests.clear()
+    """Give the large ones of the free buffers back to the system; small ones are parts of slabs, and stay."""
+    for step in [step for step in list(_free) if _size(step) >= LARGE]:
+        _free.pop(step, None)
 
 
 @functools.lru_cache(4096)
 def _step_of(shape: int | tuple[int, ...], dtype: Any) -> int:
-    return _step(np.dtype(dtype).itemsize * (math.prod(shape) if isinstance(shape, tuple) else shape))
+    sizes, dtype = shape if isinstance(shape, tuple) else (shape,), np.dtype(dtype)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"empty: shape is {shape}; it must not be negative")
+    if dtype.hasobject:
+        raise TypeError(f"empty: dtype is {dtype}; memory used before holds no objects")
+    return _step(dtype.itemsize * math.prod(sizes))
 
 
 def _step(size: int) -> int:
@@ -89,10 +95,10 @@ def _size(step: int) -> int:
 
 def _allocate(step: int) -> _Buffer:
     size = _size(step)
-    taken = -(-size // PAGE) * PAGE                          # so that the next one begins with a page, too
-    if taken > SLAB:
-        memory = _map(taken)
+    if size >= LARGE:
+        memory = _map(size)
     else:
+        taken = -(-size // PAGE) * PAGE                      # so that the next one begins with a page, too
         try:
             rest = _rests.pop()                              # no lock: a signal's handler would hang in it
         except IndexError:
@@ -107,12 +113,24 @@ def _allocate(step: int) -> _Buffer:
 
 
 def _map(size: int) -> np.ndarray:
-    """Memory from the system, which gives it pages when it is first written."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, size)
+    """Memory from the system, which gives it pages when it is first written; MemoryError if it has none left,
+    though free buffers have been given back.
+    """
+    try:
+        memory = _anonymous(size)
+    except OSError:
+        release()
+        try:
+            memory = _anonymous(size)
+        except OSError as error:
+            raise MemoryError(f"the system has no {size:,} bytes left for an array") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):                   # a Linux without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)

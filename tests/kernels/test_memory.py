@@ -30,7 +30,7 @@ def without_collector():
     """Buffers come back by reference counting alone; no rubbish of other tests may come in between."""
     gc.collect()
     gc.disable()
-    memory.release()
+    memory._free.clear()
     yield
     gc.enable()
 
@@ -109,7 +109,7 @@ def test_arrays_that_live_never_overlap(sizes):
 
 @given(SIZES)
 def test_a_new_buffer_wastes_a_quarter_at_most(size):
-    memory.release()
+    memory._free.clear()
     x = memory.empty(size, np.uint8)
     assert memory.free_bytes() == 0
     del x
@@ -118,7 +118,7 @@ def test_a_new_buffer_wastes_a_quarter_at_most(size):
 
 @given(SIZES, SIZES)
 def test_a_reused_buffer_is_not_much_too_large(first, second):
-    memory.release()
+    memory._free.clear()
     x = memory.empty(first, np.uint8)
     place = address(x)
     del x
@@ -128,15 +128,15 @@ def test_a_reused_buffer_is_not_much_too_large(first, second):
         assert second <= large <= max(2.5 * second, 8192)
 
 
-def test_release_forgets_the_free_and_not_the_used():
-    kept, gone = memory.empty(1000), memory.empty(1000)
+def test_release_gives_back_what_is_large_and_free():
+    small, large, kept = memory.empty(1000), memory.empty(memory.LARGE), memory.empty(memory.LARGE)
     kept.fill(3)
-    del gone
-    assert memory.free_bytes() > 0
+    place, mapping = address(small), weakref.ref(root(large))
+    del small, large
+    assert mapping() is not None
     memory.release()
-    assert memory.free_bytes() == 0 and (kept == 3).all()
-    del kept
-    assert 4000 <= memory.free_bytes() <= 5120
+    assert mapping() is None and (kept == 3).all()
+    assert address(memory.empty(1000)) == place, "small ones are parts of slabs, and stay"
 
 
 def test_outputs_are_aligned_and_recycled():
@@ -219,19 +219,6 @@ def test_a_signal_handler_may_take_memory():
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-def test_release_gives_a_slab_back_when_nothing_of_it_lives():
-    kept, gone = memory.empty(1000), memory.empty(1000)
-    slab = root(kept)
-    assert root(gone) is slab
-    slab = weakref.ref(slab)
-    del gone
-    memory.release()
-    assert slab() is not None
-    del kept
-    memory.release()
-    assert slab() is None
-
-
 def root(x):
     """What all memory of x was cut from."""
     while isinstance(x.base, np.ndarray):
@@ -239,14 +226,40 @@ def root(x):
     return x
 
 
-@pytest.mark.parametrize("size", [memory.SLAB - 1, memory.SLAB, memory.SLAB + 1, 3 * memory.SLAB])
-def test_buffers_as_large_as_a_slab(size):
+@pytest.mark.parametrize("size", [memory.LARGE - 1, memory.LARGE, memory.SLAB, 3 * memory.SLAB])
+def test_large_buffers(size):
     x, y = memory.empty(size, np.uint8), memory.empty(size, np.uint8)
     places = {address(x), address(y)}
     x[[0, -1]], y[[0, -1]] = 1, 2
     assert x[0] == x[-1] == 1
     del x, y
     assert {address(memory.empty(size, np.uint8))} <= places
+
+
+def test_what_cannot_be_had():
+    with pytest.raises(ValueError, match=r"^empty: shape is \(2, -1\); it must not be negative"):
+        memory.empty((2, -1))
+    with pytest.raises(TypeError, match=r"^empty: dtype is object"):
+        memory.empty(3, object)
+    with pytest.raises(MemoryError, match=r"^the system has no [0-9,]+ bytes left for an array"):
+        memory.empty(2**60, np.uint8)
+
+
+def test_what_is_free_is_given_back_before_memory_runs_out(monkeypatch):
+    wanted, given = [], memory._anonymous
+
+    def scarce(size):
+        wanted.append(size)
+        if len(wanted) == 1:
+            raise OSError(12, "Cannot allocate memory")
+        return given(size)
+
+    free = memory.empty(memory.LARGE)
+    mapping = weakref.ref(root(free))
+    del free
+    monkeypatch.setattr(memory, "_anonymous", scarce)
+    assert memory.empty(4 * memory.LARGE, np.float64).size == 4 * memory.LARGE
+    assert len(wanted) == 2 and mapping() is None
 
 
 def test_memory_without_huge_pages(monkeypatch):
