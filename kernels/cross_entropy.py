@@ -12,7 +12,7 @@ from numba import prange
 
 from kernels import memory
 from kernels.check import check, check_integers, check_range
-from kernels.elementary import exp
+from kernels.elementary import exp_below
 from kernels.jit import exact, helper, kernel, launch, row_tasks
 from kernels.softmax import log_share, log_sum_exp
 
@@ -75,5 +75,5 @@ def cross_entropy_row_backward(dloss, x, target, norm, ignore_index, dx):
         dx[:] = 0
     else:
         for j in range(x.size):
-            dx[j] = dloss * exp(log_share(x[j], norm[0], norm[1]))
+            dx[j] = dloss * exp_below(log_share(x[j], norm[0], norm[1]))
         dx[target] -= dloss
