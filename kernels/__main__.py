@@ -10,10 +10,12 @@ cache holds streams faster than memory: such kernels reach more than all.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -209,9 +211,16 @@ def plot(results: list[Result], found: list[Case], peak_rate: float, streaming: 
     figure.savefig(path, dpi=150)
 
 
+def png(path: str) -> str:
+    """argparse's type of a picture to draw: known to be wrong before all is measured, not after."""
+    if not path.endswith(".png") or not os.access(Path(path).parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path!r} is not a .png in a folder that can be written to")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What this machine is, and what each kernel reaches of it.")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline")
+    parser.add_argument("--plot", metavar="FILE.png", type=png, help="draw the roofline")
     options = parser.parse_args()
     peak_rate, streaming = peak(), bandwidth()
     for name, value in machine():
@@ -226,6 +235,8 @@ def main() -> None:
         name, took, rate, moved, share = results[-1]
         print(f"{name:<24}{took * 1e3:>9.3f}{rate / 1e9:>10.1f}{moved / 1e9:>8.1f}{share:>8.0%}  "
               f"{'#' * round(20 * min(share, 2))}", flush=True)
+    if any(result.share > 1 for result in results):
+        print("more than 100%: what a cache holds streams faster than memory")
     if options.plot:
         plot(results, found, peak_rate, streaming, options.plot)
 

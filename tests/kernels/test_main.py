@@ -39,3 +39,12 @@ def test_it_prints_a_line_a_kernel(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("peak") and "GFLOP/s in float32" in line for line in lines)
     assert lines[-1].startswith("nothing ")
+
+
+@pytest.mark.parametrize("path", ["", "roofline.jpg", "nowhere/roofline.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(path, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--plot", path])
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main()
+    assert f"{path!r} is not a .png in a folder that can be written to" in capsys.readouterr().err
