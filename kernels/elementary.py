@@ -24,7 +24,7 @@ ROUND = F(1.5 * 2**23)                   # adding it leaves the nearest integer 
 ROUND_BITS = np.int32(ROUND.view(np.int32))
 BIASED = F(ROUND + 127)                  # then they are the exponent of 2**n
 LOG2_E = F(1 / math.log(2))
-HALF_LOG2_E = F(-0.5 / math.log(2))
+MINUS_HALF_LOG2_E = F(-0.5 / math.log(2))
 LN2_HIGH = F(0.693359375)                # few bits, so that n * LN2_HIGH is exact
 LN2_LOW = F(math.log(2) - 0.693359375)
 EXP = [F(c) for c in (0.5, 0.166665181517601, 0.04166620597243309, 0.008368953131139278,
@@ -53,23 +53,17 @@ FAR = F(13.25)                           # exp(-x²/2) is below the normal numbe
 
 
 @exact
-def exp_rest(x, n):
-    """exp(x - n log 2), for the nearest whole n."""
-    r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x))
-    q = fma(fma(fma(fma(E4, r, E3), r, E2), r, E1), r, E0)          # (exp(r) - 1 - r) / r**2
-    return fma(fma(q, r, F(1)), r, F(1))
-
-
-@exact
 def exp32(x):
     """2**n * exp(r) with x = n log 2 + r and |r| <= log(2) / 2; 2**n is two factors, for tiny results."""
     x = F(89) if x > F(89) else x
     x = F(-104) if x < F(-104) else x
     shifted = fma(x, LOG2_E, ROUND)
-    n = bits(shifted) - ROUND_BITS
+    n, whole = bits(shifted) - ROUND_BITS, shifted - ROUND
     half = n >> np.int32(1)
     one, shift = np.int32(127), np.int32(23)
-    y = exp_rest(x, shifted - ROUND)
+    r = fma(whole, -LN2_LOW, fma(whole, -LN2_HIGH, x))
+    q = fma(fma(fma(fma(E4, r, E3), r, E2), r, E1), r, E0)          # (exp(r) - 1 - r) / r**2
+    y = fma(fma(q, r, F(1)), r, F(1))
     return y * from_bits((half + one) << shift) * from_bits((n - half + one) << shift)
 
 
@@ -98,8 +92,8 @@ def sigmoid32(x):
 def normal32(x):
     t = FAR if abs(x) > FAR else abs(x)
     square = t * t
-    shifted = fma(square, HALF_LOG2_E, BIASED)
-    e = power_of_two32(shifted, fma(square, HALF_LOG2_E, BIASED - shifted))     # exp(-t² / 2)
+    shifted = fma(square, MINUS_HALF_LOG2_E, BIASED)
+    e = power_of_two32(shifted, fma(square, MINUS_HALF_LOG2_E, BIASED - shifted))     # exp(-t² / 2)
     z = F(1) / fma(t, F(11 / 32), F(1))
     p = fma(fma(fma(fma(fma(fma(fma(fma(M8, z, M7), z, M6), z, M5), z, M4), z, M3), z, M2), z, M1), z, M0)
     tail = e * (p * z)                                              # Mills: Φ(-t) / exp(-t² / 2)

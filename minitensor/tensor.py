@@ -146,12 +146,11 @@ class Tensor:
 
     @data.setter
     def data(self, array: np.ndarray) -> None:
-        global _last_change
         given_as_array = isinstance(array, (np.ndarray, np.generic))
         self._data = Tensor(array, dtype=None if given_as_array else self.dtype)._data
         if self.grad is not None and (self.grad.shape, self.grad.dtype) != (self.shape, self.dtype):
             self.grad = None                                 # it was of another array
-        self._changed = _last_change = next(_serial)
+        note_change([self])
 
     @property
     def T(self) -> Tensor:

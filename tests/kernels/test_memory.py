@@ -25,6 +25,12 @@ def address(x):
     return x.__array_interface__["data"][0]
 
 
+def require_disjoint(arrays):
+    """Fail if two of these arrays of bytes overlap."""
+    spans = sorted((address(x), address(x) + x.size) for x in arrays if x.size)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
 @pytest.fixture(autouse=True)
 def without_collector():
     """Buffers come back by reference counting alone; no rubbish of other tests may come in between."""
@@ -103,8 +109,7 @@ def test_a_view_of_a_view_keeps_the_memory():
 @given(st.lists(SIZES, max_size=20))
 def test_arrays_that_live_never_overlap(sizes):
     arrays = [memory.empty(size, np.uint8) for size in sizes]
-    spans = sorted((address(x), address(x) + x.size) for x in arrays if x.size)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    require_disjoint(arrays)
 
 
 @given(SIZES)
@@ -199,8 +204,7 @@ def test_threads_cut_slabs_without_overlap():
     for thread in threads:
         thread.join()
     assert len(taken) == 2400
-    spans = sorted((address(x), address(x) + x.size) for x in taken)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    require_disjoint(taken)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that send signals")
@@ -215,8 +219,7 @@ def test_a_signal_handler_may_take_memory():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    spans = sorted((address(x), address(x) + x.size) for x in (*inside, *outside))
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    require_disjoint([*inside, *outside])
 
 
 def root(x):
