@@ -12,9 +12,9 @@ For each of H heads of width D, with q the rows of T queries, k and v those of S
                2. ds_ij = p_ij (dp_ij - δ_i),   δ_i = Σ_j p_ij dp_ij = do_i · o_i
                1. dq_i = a Σ_j ds_ij k_j,   dk_j = a Σ_i ds_ij q_i
 
-A task is one head of one sequence. Forward, it takes blocks of queries against blocks of keys, and keeps
-for every query the largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by
-exp(m - m'). Backward, it takes blocks of keys against blocks of queries and makes p again from s and n.
+Forward, a thread takes blocks of queries of a head against blocks of keys, and keeps for every query the
+largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by exp(m - m'). Backward, it
+takes blocks of keys against blocks of queries and makes p again from s and n.
 Products are register tiles on scratch that stays in the second-level cache; tiles that the causal mask hides
 are skipped. In bfloat16 (see `kernels.matmul`) what is multiplied is rounded on its way into the scratch, to
 pairs of what follows each other where a product adds up: along D for s and dp, along keys for o and dq, along
@@ -32,7 +32,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import prange
 
@@ -40,14 +39,17 @@ from kernels import memory
 from kernels.blocks import TILE_ROWS, TILES, UNROLLED
 from kernels.check import check
 from kernels.dropout import keep_below, start_of
-from kernels.head import head_backward, head_forward
+from kernels.head import add_parts, backward_pieces, forward_pieces
 from kernels.jit import kernel, launch, max_threads
 from kernels.matmul import get_matmul_precision
+from kernels.share import new_counters, num_threads
 from kernels.simd import LANES, LINE, ROUNDS
 from kernels.tile import ROWS, columns
 
 QUERIES = tuple(-(-42 // rows) * rows for rows in (ROWS, TILE_ROWS))         # in a block, and in one of pairs
 KEYS = 320                                   # the most keys in a block; rows of 256 would share cache sets
+FEW = 16                                     # heads: threads share each of fewer, by blocks of queries, or
+PARTS = 8                                    # by so many parts of the keys. By shape: dq is the sum of theirs
 MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
 
 
@@ -157,9 +159,11 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
         blocks, places = _plan_forward(keys, depth, q.dtype, paired)
+        of_each = -(-time // blocks[3]) if batch * heads < FEW else 1
         scratch = _scratch(places, q.dtype)
-        launch(_attention_forward, batch * heads, q.reshape(-1), kv.reshape(-1), sizes.mask, out.reshape(-1),
-               norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
+        launch(_attention_forward, batch * heads * of_each, q.reshape(-1), kv.reshape(-1), sizes.mask,
+               out.reshape(-1), norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, of_each,
+               scratch, paired)
     return out, norms
 
 
@@ -170,11 +174,13 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        blocks, places = _plan_backward(time, keys, depth, q.dtype, paired)
+        parts = min(PARTS, -(-keys // KEYS)) if batch * heads < FEW else 1
+        blocks, places = _plan_backward(time, keys, depth, q.dtype, paired,
+                                        batch * heads * parts if parts > 1 else max_threads())
         scratch = _scratch(places, q.dtype)
-        launch(_attention_backward, batch * heads, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
+        launch(_attention_backward, batch * heads * parts, dout.reshape(-1), q.reshape(-1), kv.reshape(-1),
                sizes.mask, out.reshape(-1), norms.reshape(-1, time), dq.reshape(-1), dkv.reshape(-1),
-               sizes.layout, sizes.causal, dropout, blocks, scratch, paired)
+               sizes.layout, sizes.causal, dropout, blocks, parts, scratch, paired)
 
 
 def _paired(keys: int, dtype: np.dtype, mask: np.ndarray) -> bool | None:
@@ -203,13 +209,13 @@ def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -
     """The blocks, and the places of the scratch, in the order in which `head_forward` names it."""
     _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
     rows = _round_up(keys, block)
-    return blocks, _places(dtype, (rows * padded,), (rows, padded), (queries, padded), (queries, block),
-                           (queries, padded), (2, queries))
+    return blocks, _places(dtype, *_own((rows * padded,), (rows, padded), (queries, padded), (queries, block),
+                                        (queries, padded), (2, queries)))
 
 
 @functools.lru_cache(256)
 def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
-                   paired: bool | None) -> tuple[tuple, tuple]:
+                   paired: bool | None, sums_of_dq: int) -> tuple[tuple, tuple]:
     """As `_plan_forward`, for `head_backward`."""
     _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
     rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
@@ -217,21 +223,24 @@ def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
     sums = (padded, block_rows) if turned else (block_rows, padded)
     pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
     block_pairs = queries // 2 * block_rows if paired else 0         # LANES: so that rows share no cache sets
-    return blocks, _places(dtype, (rows, padded), (rows, padded), (rows, padded), (rows,),
-                           (block * padded,), (block * padded,), (block, padded),
-                           sums, sums, (queries, block_rows), (queries, block_rows),
-                           pairs, pairs, (block_pairs,), (block_pairs,),
-                           (block_rows, padded) if turned else (0, 0))
+    return blocks, _places(dtype, (sums_of_dq, rows, padded), *_own(
+        (rows, padded), (rows, padded), (rows,), (block * padded,), (block * padded,), (block, padded),
+        sums, sums, (queries, block_rows), (queries, block_rows),
+        pairs, pairs, (block_pairs,), (block_pairs,), (block_rows, padded) if turned else (0, 0)))
+
+
+def _own(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of arrays that hold one such for each thread."""
+    return [(max_threads(), *shape) for shape in shapes]
 
 
 def _places(dtype: np.dtype, *shapes: tuple[int, ...]) -> tuple[int, tuple]:
-    """Arrays of these shapes for each thread, one behind the other: the bytes of all; the shape of each, and
-    the byte where it begins, with a line of the cache.
+    """Arrays of these shapes, one behind the other: the bytes of all; the shape of each, and the byte where
+    it begins, with a line of the cache.
     """
-    sizes = [_round_up(max_threads() * math.prod(shape) * dtype.itemsize, LINE) for shape in shapes]
+    sizes = [_round_up(math.prod(shape) * dtype.itemsize, LINE) for shape in shapes]
     starts = itertools.accumulate(sizes[:-1], initial=0)
-    return sum(sizes), tuple([((max_threads(), *shape), start)
-                              for shape, start in zip(shapes, starts, strict=True)])
+    return sum(sizes), tuple(zip(shapes, starts, strict=True))
 
 
 def _scratch(places: tuple[int, tuple], dtype: np.dtype) -> tuple[np.ndarray, ...]:
@@ -246,17 +255,24 @@ def _dropout(p: float, seed: int, dtype: np.dtype) -> tuple:
 
 
 @kernel
-def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks, scratch, paired, tasks):
-    for index in prange(tasks):
-        task = np.int64(index)
-        head_forward(q, kv, mask, out, norms[task], task, layout, causal, dropout, blocks, scratch,
-                     numba.get_thread_id(), paired)
+def _attention_forward(q, kv, mask, out, norms, layout, causal, dropout, blocks, of_each, scratch, paired,
+                       tasks):
+    threads = min(tasks, num_threads())
+    counters = new_counters(threads)
+    for index in prange(threads):
+        forward_pieces(q, kv, mask, out, norms, layout, causal, dropout, blocks, of_each, scratch,
+                       np.int64(index), threads, counters, paired)
 
 
 @kernel
-def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, scratch,
-                        paired, tasks):
-    for index in prange(tasks):
-        task = np.int64(index)
-        head_backward(dout, q, kv, mask, out, norms[task], dq, dkv, task, layout, causal, dropout, blocks,
-                      scratch, numba.get_thread_id(), paired)
+def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, parts,
+                        scratch, paired, tasks):
+    threads = min(tasks, num_threads())
+    counters = new_counters(threads)
+    for index in prange(threads):
+        backward_pieces(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, parts,
+                        scratch, np.int64(index), threads, counters, paired)
+    if parts > 1:
+        time, most = norms.shape[1], blocks[3]
+        for index in prange(len(norms) * ((time + most - 1) // most)):
+            add_parts(scratch[0], dq, np.int64(index), time, parts, layout, causal, blocks)

@@ -1,4 +1,4 @@
-"""The tasks of a matrix product that copy its operands, cut out as `kernels.plan` has it."""
+"""The copies of its operands that a matrix product takes, as `kernels.plan` has it."""
 from __future__ import annotations
 
 from kernels.cpu import TARGET
@@ -17,16 +17,35 @@ from kernels.pack import (
 )
 from kernels.plan import steps
 from kernels.rows import scale_row
+from kernels.share import next_piece
 from kernels.simd import LANES, ROUNDS, compact, copied_rows
 
 TILES, BF16 = TARGET.tiles, TARGET.bf16        # asked first: numba leaves out what is not of this CPU
-GROUP = 2         # register tiles of A, or panels of B, that a task copies
+GROUP = 2         # register tiles of A, or panels of B, that are copied at once
 
 
 @helper
 def groups(count):
-    """In how many tasks so many register tiles of A, or panels of B, are copied."""
+    """Of so many register tiles of A, or panels of B."""
     return (count + GROUP - 1) // GROUP
+
+
+@helper
+def copy_pieces(a, packed_a, b, packed_b, m, n, k, n0, panels, plan, thread, threads, counters):
+    """The copies for all threads that one thread makes: of A, with the first columns, and of panels of B."""
+    copies_a = plan.batch_a * plan.parts * groups(plan.shared) if n0 == 0 else 0
+    copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * groups(panels)
+    copies = copies_a + copies_b
+    copy, end, whose = next_piece(counters, thread, threads, copies, copies, 1)
+    while copy < end:
+        place = copy - (copies_b + 1) // 2         # A in the middle: of two threads, each copies half of it
+        if 0 <= place < copies_a:
+            pack_group_of_a(a, packed_a, place, m, k, plan)
+        else:
+            pack_group_of_b(b, packed_b, copy if place < 0 else copy - copies_a, panels, n0, n, k, plan)
+        copy += 1
+        if copy == end:
+            copy, end, whose = next_piece(counters, whose, threads, copies, copies, 1)
 
 
 @helper

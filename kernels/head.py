@@ -1,4 +1,6 @@
-"""One head of one sequence, the task of attention, forward and backward: see `kernels.attention`."""
+"""What a thread does of attention, forward and backward: blocks of a head of a sequence.
+See `kernels.attention`.
+"""
 from __future__ import annotations
 
 import math
@@ -23,12 +25,34 @@ from kernels.dropout import halves, kept
 from kernels.elementary import exp_below
 from kernels.jit import helper, mover
 from kernels.rows import fill_vectors, row_max, scale_row
+from kernels.share import next_piece
 from kernels.simd import out_of_line
 
 
 @helper
-def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks, scratch, thread, paired):
-    """One head of one sequence. paired: as `_paired` has it."""
+def forward_pieces(q, kv, mask, out, norms, layout, causal, dropout, blocks, of_each, scratch, thread,
+                   threads, counters, paired):
+    """The blocks of queries that one thread gets, of_each of a head, or whole heads where that is 1."""
+    units, most, packed = len(norms) * of_each, blocks[3], -1
+    first, end, whose = next_piece(counters, thread, threads, units, units, 1)
+    while first < end:
+        head = first // of_each
+        start, stop = first - head * of_each, min(of_each, end - head * of_each)
+        i0, i1 = (start * most, stop * most) if of_each > 1 else (0, norms.shape[1])
+        head_forward(q, kv, mask, out, norms[head], head, head != packed, i0, min(i1, norms.shape[1]), layout,
+                     causal, dropout, blocks, scratch, thread, paired)
+        packed = head
+        first += stop - start
+        if first == end:
+            first, end, whose = next_piece(counters, whose, threads, units, units, 1)
+
+
+@helper
+def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, layout, causal, dropout,
+                 blocks, scratch, thread, paired):
+    """Some queries of one head of one sequence. fresh: its keys and values are not yet in the scratch.
+    paired: as `_paired` has it.
+    """
     kept_scale = dropout[1]
     tile, padded, block, most = blocks
     key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
@@ -36,22 +60,23 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
     tops = scratch[5][thread]                                                             # m and Σ p
     time = norms.size
     keys, heads, depth, q_row, kv_row, _ = layout
-    start, key_start, value_start, out_start = starts(task, time, layout)
+    start, key_start, value_start, out_start = starts(head, time, layout)
     width = heads * depth
-    visible = mask[task // heads * keys:(task // heads + 1) * keys]
+    visible = mask[head // heads * keys:(head // heads + 1) * keys]
     first = first_visible(visible)
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     lowest, scale = norms.dtype.type(-math.inf), norms.dtype.type(1 / math.sqrt(depth))
     deep = elements(depth, paired)
-    for j in range(0, keys, tile):
-        pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
-                   key_panels, j * deep, tile, paired)
-    if paired is not None:
-        pair_down(kv, value_start, kv_row, depth, keys, values.reshape(-1), padded)
-    else:
-        pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
+    if fresh:
+        for j in range(0, keys, tile):
+            pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
+                       key_panels, j * deep, tile, paired)
+        if paired is not None:
+            pair_down(kv, value_start, kv_row, depth, keys, values.reshape(-1), padded)
+        else:
+            pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     start_tiles(paired is not None)
-    for i0 in range(0, time, most):
+    for i0 in range(first_query, last_query, most):
         rows = min(most, time - i0)
         pack_rows(q, start + i0 * q_row, q_row, rows, depth, scale, visible[:0], queries)
         if paired is not None:
@@ -71,7 +96,7 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
                     hide(scores[i], n, visible[j0:j0 + count], lowest)
                 weigh(scores, i, n, tops, sums, paired)
                 if kept_scale != one:
-                    drop(scores, i, n, dropout, task * time + i0 + i, j0, paired)
+                    drop(scores, i, n, dropout, head * time + i0 + i, j0, paired)
             if paired is not None:
                 pair_rows(scores, rows)
             multiply_rows(scores, block, values, elements(j0, paired) * padded, sums, 0, padded,
@@ -87,10 +112,10 @@ def head_forward(q, kv, mask, out, norms, task, layout, causal, dropout, blocks,
 
 
 @helper
-def starts(task, time, layout):
+def starts(head, time, layout):
     """Where the queries, keys, values and outputs of a head of a sequence start."""
     keys, heads, depth, q_row, kv_row, first_key = layout
-    sequence, column = task // heads, task % heads * depth
+    sequence, column = head // heads, head % heads * depth
     key_start = sequence * keys * kv_row + first_key + column
     return (sequence * time * q_row + column, key_start, key_start + heads * depth,
             sequence * time * heads * depth + column)
@@ -128,39 +153,58 @@ def weigh(scores, i, n, tops, sums, paired):
 
 
 @helper
-def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, dropout, blocks, scratch,
-                  thread, paired):
-    """As `head_forward`."""
+def backward_pieces(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, parts, scratch,
+                    thread, threads, counters, paired):
+    """The parts of the keys that one thread gets, so many of a head."""
+    units, packed = len(norms) * parts, -1
+    unit, end, whose = next_piece(counters, thread, threads, units, units, 1)
+    while unit < end:
+        head = unit // parts
+        head_backward(dout, q, kv, mask, out, norms[head], dq, dkv, head, head != packed, unit - head * parts,
+                      parts, layout, causal, dropout, blocks, scratch, thread, paired)
+        packed = head
+        unit += 1
+        if unit == end:
+            unit, end, whose = next_piece(counters, whose, threads, units, units, 1)
+
+
+@helper
+def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, parts, layout, causal, dropout,
+                  blocks, scratch, thread, paired):
+    """One part of the keys of one head; as `head_forward`. Of several parts each has its own sum of dq."""
     kept_scale = dropout[1]
     tile, padded, block, most = blocks
-    queries, douts, dqueries = scratch[0][thread], scratch[1][thread], scratch[2][thread]     # of the head
-    deltas = scratch[3][thread]
+    dqueries = scratch[0][thread if parts == 1 else head * parts + part]
+    queries, douts, deltas = scratch[1][thread], scratch[2][thread], scratch[3][thread]       # of the head
     key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
     dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a key block
     weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
     query_pairs, dout_pairs = scratch[11][thread], scratch[12][thread]        # along queries, of the head
     weight_pairs, dscore_pairs = scratch[13][thread], scratch[14][thread]     # and of the blocks
     upright = scratch[15][thread]                                   # sums that a tile unit has turned over
-    block_rows = weights.shape[1]
+    block_rows, flat_dqueries = weights.shape[1], dqueries.reshape(-1)
     time = norms.size
     keys, heads, depth, q_row, kv_row, _ = layout
-    start, key_start, value_start, out_start = starts(task, time, layout)
+    start, key_start, value_start, out_start = starts(head, time, layout)
     width = heads * depth
-    visible = mask[task // heads * keys:(task // heads + 1) * keys]
+    visible = mask[head // heads * keys:(head // heads + 1) * keys]
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
-    pack_rows(q, start, q_row, time, depth, scale, visible[:0], queries)
-    pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
-    dqueries[:] = 0
-    for i in range(time):
-        deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
-    if paired is not None:
-        for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
-            pair_across(x.reshape(-1), padded, padded, time, pairs.reshape(-1), pairs.shape[1])
-            pair_rows(x, time)
+    first_key, last_key = keys_of(part, parts, keys, block)
+    for at in range(first_seeing(first_key, time, keys, causal, most) * padded, flat_dqueries.size):
+        flat_dqueries[at] = zero
+    if fresh:
+        pack_rows(q, start, q_row, time, depth, scale, visible[:0], queries)
+        pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
+        for i in range(time):
+            deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
+        if paired is not None:
+            for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
+                pair_across(x.reshape(-1), padded, padded, time, pairs.reshape(-1), pairs.shape[1])
+                pair_rows(x, time)
     deep = elements(depth, paired)
     start_tiles(paired is not None)
-    for j0 in range(0, keys, block):
+    for j0 in range(first_key, last_key, block):
         count = min(block, keys - j0)
         key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
         for j in range(0, count, tile):
@@ -173,8 +217,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
             pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
         dkeys[:] = 0
         dvalues[:] = 0
-        first_query = max(0, j0 - (keys - time)) if causal else 0
-        for i0 in range(first_query // most * most, time, most):
+        for i0 in range(first_seeing(j0, time, keys, causal, most), time, most):
             rows = min(most, time - i0)
             diagonal = (i0 + keys - time if causal else keys) - j0
             at = i0 * padded
@@ -186,7 +229,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
                 n = max(0, min(count, i + 1 + diagonal))
                 if kept_scale != one:
                     weigh_backward_dropped(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], dropout,
-                                           task * time + i0 + i, j0, paired)
+                                           head * time + i0 + i, j0, paired)
                 else:
                     weigh_backward(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], paired)
                 if visible.size:
@@ -217,7 +260,41 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, task, layout, causal, 
             else:
                 unpack_rows(x, count, depth, one, dkv, at, kv_row)
     stop_tiles(paired is not None)
-    unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
+    if parts == 1:
+        unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
+
+
+@helper
+def keys_of(part, parts, keys, block):
+    """The first key of a part, and the one behind its last: parts are whole blocks."""
+    count = (keys + block - 1) // block
+    return count * part // parts * block, min(keys, count * (part + 1) // parts * block)
+
+
+@helper
+def first_seeing(key, time, keys, causal, most):
+    """Where the first block begins of which a query sees a key."""
+    return max(0, key - (keys - time)) // most * most if causal else 0
+
+
+@helper
+def add_parts(dqueries, dq, task, time, parts, layout, causal, blocks):
+    """dq of a block of queries of a head, from the sums that parts of the keys gave."""
+    _, _, block, most = blocks
+    keys, _, depth, q_row, _, _ = layout
+    of_each = (time + most - 1) // most
+    head, i0 = task // of_each, task % of_each * most
+    rows = min(most, time - i0)
+    total = dqueries[head * parts, i0:i0 + rows].reshape(-1)
+    for part in range(1, parts):
+        first_key, _ = keys_of(part, parts, keys, block)
+        if first_seeing(first_key, time, keys, causal, most) <= i0:
+            more = dqueries[head * parts + part, i0:i0 + rows].reshape(-1)
+            for at in range(total.size):
+                total[at] += more[at]
+    start, _, _, _ = starts(head, time, layout)
+    unpack_rows(dqueries[head * parts, i0:], rows, depth, dq.dtype.type(1 / math.sqrt(depth)), dq,
+                start + i0 * q_row, q_row)
 
 
 @helper

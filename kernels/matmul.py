@@ -4,8 +4,8 @@
 
 B is copied into panels as wide as the register tile, so that the tile reads it in order. A is read where it
 is, but for a last partial tile of rows, and where it is transposed or its rows share a few sets of the cache;
-for products in bfloat16 both are copied, and rounded on the way. `kernels.plan` cuts C into tasks. Every sum
-over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+for products in bfloat16 both are copied, and rounded on the way. `kernels.plan` cuts C into pieces. Every
+sum over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
 
 A large C goes past the caches: it would not be there when it is read, and a line that is not fetched to be
 overwritten takes half the time.
@@ -15,19 +15,19 @@ from __future__ import annotations
 import math
 import threading
 
-import numba
 import numpy as np
 from numba import prange
 
 from kernels import memory
 from kernels.add import add_up
 from kernels.check import check
-from kernels.copies import groups, pack_group_of_a, pack_group_of_b
+from kernels.copies import copy_pieces
 from kernels.cpu import TARGET
 from kernels.jit import helper, kernel, launch, row_tasks
 from kernels.pack import mirror_stripe
 from kernels.plan import Plan, plan_product
-from kernels.product import GELU, GELU_TANH, RELU2, multiply_task
+from kernels.product import GELU, GELU_TANH, RELU2, multiply_pieces
+from kernels.share import new_counters, num_threads
 
 ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
 AS_IT_IS = 1.0, 0.0         # a scale, and a shift of the diagonal
@@ -185,24 +185,21 @@ def _product(a, b, c, k, transpose_a, transpose_b, bias=None, activated=None, ac
 
 @kernel
 def _multiply(a, b, c, k, sizes, mirrored, scratch, bias, activated, activation, tasks):
-    plan, n = Plan(*sizes), c.shape[2]
+    plan, n, threads = Plan(*sizes), c.shape[2], min(tasks, num_threads())
     packed_a, packed_b = scratch[:plan.end_a], scratch[plan.end_a:plan.end_b]
     rooms = scratch[plan.end_b:].reshape((scratch.size - plan.end_b) // plan.room, plan.room)
     for n0 in range(0, n, plan.block_n):
         panels = (min(plan.block_n, n - n0) + plan.width - 1) // plan.width
-        copies_a = plan.batch_a * plan.parts * groups(plan.shared) if n0 == 0 else 0
-        copies_b = 0 if plan.own_b else plan.batch_b * plan.parts * groups(panels)
-        for index in prange(copies_a + copies_b):
-            task = np.int64(index)
-            place = task - (copies_b + 1) // 2      # A in the middle: of two threads, each copies half of it
-            if 0 <= place < copies_a:
-                pack_group_of_a(a, packed_a, place, c.shape[1], k, plan)
-            else:
-                pack_group_of_b(b, packed_b, task if place < 0 else task - copies_a, panels, n0, n, k,
-                                plan)
-        for index in prange(tasks):
-            multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, np.int64(index), plan,
-                          rooms[numba.get_thread_id()], numba.get_thread_id(), bias, activated, activation)
+        if plan.shared or not plan.own_b:
+            counters = new_counters(threads)
+            for index in prange(threads):
+                copy_pieces(a, packed_a, b, packed_b, c.shape[1], n, k, n0, panels, plan, np.int64(index),
+                            threads, counters)
+        counters = new_counters(threads)
+        for index in prange(threads):
+            thread = np.int64(index)
+            multiply_pieces(a, packed_a, b, packed_b, c, k, n0, panels, plan, rooms[thread], thread, threads,
+                            counters, bias, activated, activation)
     if plan.half:
         stripes = (n + plan.width - 1) // plan.width
         for index in prange(len(c) * stripes):

@@ -1,6 +1,6 @@
-"""How a matrix product is cut up: into parts of K, and C into tasks of some rows by some columns.
+"""How a matrix product is cut up: into parts of K, and C into pieces of its rows, or of its columns.
 
-A task goes through K part by part, while its part of C is near. What it reads of A and B it copies itself,
+A thread goes through K part by part, while its piece of C is near. What it reads of A and B it copies itself,
 into the cache of its core, if it is the only one to read it; else all copies are made first, by all threads.
 """
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels.tile import columns, height
 # add to it once more would cost more.
 DEPTH = 768 if TARGET.vector_bytes == 64 else 384
 DEPTH_TILES = 384
-TALLEST = 1024              # rows of a task
+TALLEST = 1024              # rows of a piece
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
@@ -31,8 +31,9 @@ SAME_SET = 4096             # rows a multiple of so many bytes apart share sets 
 PAD = 16                    # and rows of their copies are so many elements further apart; room, too,
                             # for the last vector that `pack_tiles`, `pair_columns` and `pair_tiles` write
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
-TASKS = 2                   # for each thread
-SMALL = 1 << 16             # multiplications of a product that is not worth a second thread
+SMALL = 1 << 16             # multiplications that are not worth a second thread
+LEAST = 1 << 20             # and of a piece
+MANY = 8                    # pieces for each thread: so many products need not be cut
 
 
 class Plan(NamedTuple):
@@ -44,15 +45,18 @@ class Plan(NamedTuple):
     streams: bool            # C goes past the caches, once it is whole
     batch_a: int             # different A and B
     batch_b: int
-    blocks: int              # of rows of register tiles, and chunks of panels: a task for each pair
-    chunks: int
+    by_rows: bool            # a unit of the work is a row of register tiles, or a panel, or else a product;
+    by_panels: bool          # a piece has so many
+    most: int
+    least: int
     block_n: int             # columns of B at a time
     near: int                # panels that rows go by at a time
     rows: int                # of a register tile, and its width
     width: int
     first_copied: int        # the first tile of rows of A that is copied, not read where it is
-    shared: int              # so many tiles are copied for all tasks; 0: each task copies its own, if any
-    own_b: bool              # each task copies its panels of B
+    shared: int              # so many tiles are copied for all threads; 0: each copies its own, if any,
+    own_a: int               # at most so many at a time
+    own_b: bool              # each thread copies its panels of B
     parts: int               # of K, of so many elements
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
@@ -76,8 +80,8 @@ def steps(depth, bf16):
 def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int, dtype: np.dtype, bf16: bool,
                  transpose_a: bool, transpose_b: bool, row_of_a: int, half: bool,
                  activated: bool) -> tuple[tuple, int, int]:
-    """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; the number
-    of its tasks, and the size of its scratch. row_of_a: in bytes.
+    """The plan of count products of (m, k) and (k, n), as a plain tuple, which numba takes faster; how many
+    threads can share it, and the size of its scratch. row_of_a: in bytes.
     """
     rows, width = height(bf16), columns(dtype)
     tall, panels = -(-m // rows), -(-n // width)
@@ -85,38 +89,44 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH)))
     depth = -(-k // parts)
     depth += depth % 2 if bf16 else 0                                   # whole pairs
-    wanted = -(-TASKS * max_threads() // count) if m * n * k >= SMALL else 1
-    blocks, chunks = _tasks(m, n, tall, panels, wanted)
+    by_rows, by_panels = _cut(count, m, n, k, tall, panels)
+    units, multiplications = count, m * n * k
+    if by_rows:
+        units, multiplications = count * tall, rows * n * k
+    elif by_panels:
+        units, multiplications = count * panels, m * width * k
+    least = max(1, LEAST // max(1, multiplications))
+    most = max(least, -(-units // (2 * max_threads())))
+    if by_rows:
+        most = min(most, max(1, TALLEST // rows))
     # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
     first_copied = m // rows if row_of_a % SAME_SET and not bf16 and not transpose_a else 0
-    shared = tall - first_copied if chunks > 1 else 0
+    shared = tall - first_copied if by_panels else 0
+    own_a = min(most if by_rows else tall, tall - first_copied)
     deep = steps.py_func(depth, bf16)
     size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
-    copies_a = batch_a * parts * shared or max_threads() * min(-(-tall // blocks), tall - first_copied)
-    own_b = blocks == 1 and batch_b == count
+    copies_a = batch_a * parts * shared or max_threads() * own_a
+    own_b = not by_rows and batch_b == count
     bytes_b = size_b * dtype.itemsize or 1
     if not own_b:
         panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
     beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
-    near = min(-(-panels // chunks), max(1, NEAR // (bytes_b + beside)))
+    near = min(most if by_panels else panels, panels, max(1, NEAR // (bytes_b + beside)))
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     room = rows * width + (near * width * (rows + 2) if activated else 0)
-    plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, blocks, chunks,
-                panels * width, near, rows, width, first_copied, shared, own_b, parts, depth, size_a, size_b,
-                end_a, end_b, room)
-    return tuple(plan), count * blocks * chunks, end_b + max_threads() * room
+    plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, by_rows, by_panels, most,
+                least, panels * width, near, rows, width, first_copied, shared, own_a, own_b, parts, depth,
+                size_a, size_b, end_a, end_b, room)
+    return tuple(plan), 1 if count * m * n * k < SMALL else units, end_b + max_threads() * room
 
 
-def _tasks(m: int, n: int, tall: int, panels: int, wanted: int) -> tuple[int, int]:
-    """Blocks of rows and chunks of columns, as many tasks as wanted, so that all together move least: an
-    operand with one reader is read once; else a copy is written, and read by each.
+def _cut(count: int, m: int, n: int, k: int, tall: int, panels: int) -> tuple[bool, bool]:
+    """Are the products cut by rows, or by panels, or not at all? The larger operand is, if there are enough
+    pieces, so that each has one reader; of the other a copy is written, and read by each thread.
     """
-    choices, chunks = [], 1
-    while chunks <= min(panels, wanted):
-        blocks = max(-(-m // TALLEST), min(tall, -(-wanted // chunks)))
-        moved = sum(size * (2 if readers == 1 else 4 + readers)
-                    for size, readers in ((m, chunks), (n, blocks)))
-        choices.append((-min(wanted, blocks * chunks), moved, blocks, chunks))
-        chunks *= 2
-    return min(choices)[2:]
+    wanted = MANY * max_threads()
+    if (count >= wanted and m <= TALLEST) or count * m * n * k < SMALL:
+        return False, False
+    by_rows = (min(tall, wanted), m) >= (min(panels, wanted), n)
+    return by_rows, not by_rows

@@ -1,4 +1,4 @@
-"""One task of a matrix product, a block of rows times a chunk of panels: see `kernels.matmul`.
+"""What a thread does of a matrix product, rows of register tiles times panels: see `kernels.matmul`.
 
 Where an activation follows, register tiles are laid side by side in scratch, so that it goes along whole rows
 while they are near, and works on several vectors at once.
@@ -11,6 +11,7 @@ from kernels.gelu import gelu_row
 from kernels.jit import helper, mover
 from kernels.plan import steps
 from kernels.relu2 import relu2_row
+from kernels.share import next_piece
 from kernels.simd import address, compact, copy_columns, finish_streams, stream_columns
 from kernels.tile import register_tile
 
@@ -18,24 +19,38 @@ GELU, GELU_TANH, RELU2 = range(3)
 
 
 @helper
-def multiply_task(a, packed_a, b, packed_b, c, k, n0, panels, task, plan, room, thread, bias, activated,
-                  activation):
-    """One block of rows times one chunk of panels, part by part of K, while its part of C is near."""
-    batch, block = task // (plan.blocks * plan.chunks), task // plan.chunks % plan.blocks
-    chunk, first_copied = task % plan.chunks, plan.first_copied
+def multiply_pieces(a, packed_a, b, packed_b, c, k, n0, panels, plan, room, thread, threads, counters, bias,
+                    activated, activation):
+    """The pieces of all products that one thread gets, in panels of columns from n0 on."""
+    tall = (c.shape[1] + plan.rows - 1) // plan.rows                                     # in register tiles
+    of_each = tall if plan.by_rows else panels if plan.by_panels else 1
+    units = len(c) * of_each
+    first, end, whose = next_piece(counters, thread, threads, units, plan.most, plan.least)
+    while first < end:
+        batch = first // of_each
+        start, stop = first - batch * of_each, min(of_each, end - batch * of_each)
+        i0, i1 = (start, stop) if plan.by_rows else (0, tall)
+        p0, p1 = (start, stop) if plan.by_panels else (0, panels)
+        multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, p0, p1, plan, room, thread,
+                       bias, activated, activation)
+        first += stop - start
+        if first == end:
+            first, end, whose = next_piece(counters, whose, threads, units, plan.most, plan.least)
+
+
+@helper
+def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, first, last, plan, room, thread,
+                   bias, activated, activation):
+    """Rows i0 to i1 of tiles times panels first to last, part by part of K, while this piece of C is near."""
     batch_a, batch_b = batch if plan.batch_a > 1 else 0, batch if plan.batch_b > 1 else 0
-    m = c.shape[1]
-    tall = (m + plan.rows - 1) // plan.rows                                     # in register tiles
-    i0, i1 = tall * block // plan.blocks, tall * (block + 1) // plan.blocks
-    first, last = panels * chunk // plan.chunks, panels * (chunk + 1) // plan.chunks
-    own = min((tall + plan.blocks - 1) // plan.blocks, tall - first_copied)     # at most copied by a task
+    m, first_copied = c.shape[1], plan.first_copied
     copied = max(i0, first_copied)
     for part in range(plan.parts):
         k0 = part * plan.depth
         depth = min(plan.depth, k - k0)
         copy = (batch_a * plan.parts + part) * plan.shared - first_copied                        # of tile 0
         if not plan.shared:
-            copy = thread * own - copied
+            copy = thread * plan.own_a - copied
             pack_block(a[batch_a], packed_a, copy * plan.size_a, copied, i1, plan.rows, m, k0, depth,
                        plan.size_a, plan.transpose_a, plan.bf16)
         start_b = thread * plan.near if plan.own_b else (batch_b * plan.parts + part) * panels

@@ -111,8 +111,8 @@ def test_same_bits_on_one_and_two_threads(dtype, one_and_two_threads, same_bits)
         same_bits(*one_and_two_threads(run), f"{m}, {k}, {n}")
 
 
-CUTS = [{"FAR": 1}, {"NEAR": 1}, {"LARGE": 1}, {"TALLEST": 20}, {"TASKS": 1}, {"TASKS": 20},
-        {"TASKS": 8, "FAR": 1, "NEAR": 1}, {"TALLEST": 33, "LARGE": 1, "FAR": 1}]
+CUTS = [{"FAR": 1}, {"NEAR": 1}, {"LARGE": 1}, {"TALLEST": 20}, {"LEAST": 1}, {"MANY": 1},
+        {"LEAST": 1, "FAR": 1, "NEAR": 1}, {"TALLEST": 33, "LARGE": 1, "FAR": 1}]
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_bf16_bits_are_the_same_however_a_result_is_cut_up(bf16, cut, poison, sa
 def test_any_depth_of_the_parts_of_k_will_do(dtype, depth, cut, poison, close):
     for m, k, n in [(33, 65, 70), (20, 90, 300), (140, 50, 20)]:
         a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype)
-        for numbers in ({}, {"LARGE": 1}, {"TASKS": 1}):
+        for numbers in ({}, {"LARGE": 1}, {"MANY": 1}):
             cut(DEPTH=depth, **numbers)
             poison()
             for swaps in itertools.product([False, True], repeat=2):
