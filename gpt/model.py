@@ -39,7 +39,7 @@ class GPT(nn.Module):
                              f"the context holds {self.config.context} tokens at the most")
         x = self.tokens(ids)                                                # (B, T, C)
         if self.config.positions == "learned":
-            x = x + self.positions[:T]
+            x = x + (self.positions if T == self.config.context else self.positions[:T])
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)

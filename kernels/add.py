@@ -13,9 +13,11 @@ from kernels.jit import flat_tasks, helper, kernel, launch
 
 
 def add(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """x and y of one shape -> x + y, in out if that is given, which may be x or y."""
+    """x, y of the shape of x or of its last axes -> x + y, in out if that is given, which may be x or y."""
     check("add", "x", x)
-    check("add", "y", y, x.shape, like=x)
+    check("add", "y", y, like=x)
+    if y.shape != x.shape[max(0, x.ndim - y.ndim):]:
+        check("add", "y", y, x.shape)
     if out is None:
         out = memory.empty(x.shape, x.dtype)
     else:
@@ -28,8 +30,17 @@ def add(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 def _add(x, y, out, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        first, last = x.size * task // tasks, x.size * (task + 1) // tasks
-        add_row(x[first:last], y[first:last], out[first:last])
+        add_part(x, y, out, x.size * task // tasks, x.size * (task + 1) // tasks)
+
+
+@helper
+def add_part(x, y, out, first, last):
+    """Elements first to last of x, to each of which belongs one of y, over and over."""
+    while first < last:
+        j = first % y.size
+        end = min(last, first + y.size - j)
+        add_row(x[first:end], y[j:j + end - first], out[first:end])
+        first = end
 
 
 @helper

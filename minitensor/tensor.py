@@ -12,6 +12,7 @@ import functools
 import heapq
 import inspect
 import itertools
+import math
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ _np: Any = np                               # numpy as a Tensor meets it: its fu
 _serial = itertools.count()                 # one clock for all: of nodes, and of changes to .data
 _last_change = 0
 SHARED = 1 << 16                            # elements whose sum is worth a second thread
+LONG = 1 << 8                               # and of what is added to others over and over
 
 
 class _State(threading.local):
@@ -450,10 +452,11 @@ def note_change(tensors: Iterable[Tensor]) -> None:
 
 
 def add_arrays(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """out = x + y; by a kernel, on all threads, where there is something to share (and arrays are writeable,
-    as kernels are compiled for those).
+    """out = x + y, y of the shape of x's last axes; by a kernel, on all threads, where there is something to
+    share (and arrays are writeable, as kernels are compiled for those).
     """
-    if x.size >= SHARED and x.shape == y.shape and x.dtype == y.dtype and x.flags.carray and y.flags.carray:
+    if (x.size >= SHARED and y.size >= LONG and x.shape[x.ndim - y.ndim:] == y.shape and x.dtype == y.dtype
+            and x.flags.carray and y.flags.carray):
         return kernels.add(x, y, out)
     return np.add(x, y, out=out)
 
@@ -533,10 +536,10 @@ def _walk(output: Tensor, gradient: Any, wanted: Sequence[Tensor], retain_graph:
                             gx(before)
                             continue
                         gx = gx(None)
-                    gx = _fitting(gx, x, node, position)
+                    given, gx = gx, _fitting(gx, x, node, position)
                     for observer in _state.observers:
                         observer.backward(node, inputs, g, position, gx)
-                    send(x, gx, reference is not None)
+                    send(x, gx, reference is not None or gx is not given)
     found.extend(entry for entry in pending.values())
     return found
 
@@ -595,6 +598,8 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
     if extra < 0 or kept != shape:
         raise ValueError(f"backward: the vjp of '{name}' gave a gradient of shape {g.shape} "
                          f"for an input of shape {shape}")
+    if isinstance(g, np.ndarray) and len(axes) == extra and g.size >= SHARED and g.flags.carray:
+        return kernels.column_sum(g.reshape(-1, math.prod(shape))).reshape(shape)
     return np.reshape(np.sum(g, axis=axes), shape)
 
 

@@ -548,6 +548,17 @@ def test_adamw_refuses_lists_that_differ():
 
 
 @BOTH
+@pytest.mark.parametrize(("shape", "last"), [((3, 5, 7), 3), ((3, 5, 7), 2), ((40, 33, 31), 2),
+                                             ((40, 33, 31), 1), ((200, 1000), 0), ((0, 4), 1)])
+def test_add_takes_the_shape_of_the_last_axes(dtype, shape, last):
+    x, y = normal(*shape, dtype=dtype), normal(*shape[len(shape) - last:], dtype=dtype)
+    np.testing.assert_array_equal(K.add(x, y), x + y)
+    expected = x + y
+    assert K.add(x, y, x) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+@BOTH
 def test_sum_of_squares(dtype):
     for shape in [*SHAPES, *EMPTY, (5, 3, 33), ()]:
         x = normal(*shape, dtype=dtype)

@@ -28,6 +28,18 @@ def test_broadcasting_is_undone():
     assert y.grad.shape == (4, 1) and np.all(y.grad.numpy() == 6)
 
 
+def test_broadcasting_of_large_arrays_is_undone_by_a_kernel():
+    x, y = (Tensor(np.random.default_rng(n).standard_normal(shape), True)
+            for n, shape in enumerate([(30, 70, 40), (70, 40)]))
+    z, g = x + y, np.random.default_rng(2).standard_normal(x.shape)
+    z.backward(g)
+    np.testing.assert_array_equal(z.numpy(), x.numpy() + y.numpy())
+    np.testing.assert_array_equal(x.grad.numpy(), g)
+    np.testing.assert_allclose(y.grad.numpy(), g.sum(axis=0), rtol=1e-12, atol=1e-12)
+    y.grad.data[...] = 0                                        # it is y's own
+    np.testing.assert_array_equal(x.grad.numpy(), g)
+
+
 def test_chain_of_100_000_ops():
     x = y = leaf(1.0)
     for _ in range(100_000):
