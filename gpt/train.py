@@ -11,6 +11,7 @@ import minitensor as mt
 from gpt.data import batch, windows
 from gpt.divergence import explain
 from gpt.model import GPT, evaluating
+from gpt.replay import Replay
 from gpt.run import Evaluation, Run
 from gpt.schedule import Schedule
 
@@ -32,6 +33,11 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
     train_part = train_ids[:TRAIN_PART]
     schedule = Schedule(config, progress, len(train_part) + len(val_ids))
     clock = Clock()
+
+    def plain(x: np.ndarray, y: np.ndarray) -> float:
+        return loss_and_gradients(model, x, y, config.micro_batch)
+
+    step = plain if config.micro_batch else Replay(model, plain)
     model.train()
     while True:
         if schedule.evaluation_due():
@@ -43,7 +49,7 @@ def train(run: Run, train_ids: np.ndarray, val_ids: np.ndarray, after_step: Call
         if progress.done or progress.step >= stop_after:
             return
         x, y = batch(train_ids, config.batch, config.context, config.seed, progress.step)
-        loss = loss_and_gradients(model, x, y, config.micro_batch)
+        loss = step(x, y)
         optimizer.lr = schedule.lr()
         norm = optimizer.step() if math.isfinite(loss) else math.nan     # clips on the way
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ if cpu.TARGET.vector_bytes == 64 and _config.CPU_FEATURES is None:
 _one_at_a_time: Any = threading.Lock() if _config.THREADING_LAYER == "workqueue" else contextlib.nullcontext()
 _planned: dict[tuple[Any, tuple], None] | None = None # what `compile_backwards` finds, in its order
 _started = _forked = False                           # have kernels run, here or in the process forked from
+
+
+class _Notes(threading.local):
+    """Who is told of this thread's launches."""
+    note: Callable[..., None] | None = None
+
+
+_notes = _Notes()
 
 
 def _note_fork() -> None:
@@ -126,6 +134,8 @@ def launch(kernel: Any, tasks: int, *arguments: Any) -> None:
     OpenMP ends such a process or hangs.
     """
     global _started
+    if _notes.note is not None:
+        _notes.note(kernel, tasks, *arguments)
     if _planned is not None:
         _planned[kernel, tuple(map(kernel.typeof_pyval, (*arguments, tasks)))] = None
         return
@@ -146,6 +156,18 @@ def launch(kernel: Any, tasks: int, *arguments: Any) -> None:
             kernel(*arguments, tasks)
         finally:
             numba.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def noting(note: Callable[..., None]) -> Iterator[None]:
+    """Have note(kernel, tasks, *arguments) called for each launch of this thread: `launch` with the same does
+    the same again, with what lies in the arrays by then.
+    """
+    _notes.note = note
+    try:
+        yield
+    finally:
+        _notes.note = None
 
 
 def compile_backwards(function: Callable[[], Any], first: Sequence[str] = ()) -> None:

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import math
 import mmap
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ class _Buffer(np.ndarray):
     if this were an ndarray, and make it the base of all views.
     """
     step: int
+    free: defaultdict[int, list[_Buffer]]                    # where it is when nobody has it
 
 
 _free: defaultdict[int, list[_Buffer]] = defaultdict(list)
@@ -35,22 +38,31 @@ _rests: list[np.ndarray] = []            # of slabs; several if threads have cut
 class _Lease(np.ndarray):
     """A whole buffer, the base of every array cut from it; when the last dies, the buffer is free again."""
 
-    def __del__(self, free: defaultdict = _free) -> None:   # bound here: at exit the module's names go first
+    def __del__(self) -> None:
         buffer: Any = self.base
-        free[buffer.step].append(buffer)
+        buffer.free[buffer.step].append(buffer)
+
+
+class _Pool(threading.local):
+    """What a thread takes buffers from."""
+    free = _free
+
+
+_pool = _Pool()
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """An uninitialised C-contiguous array, aligned to a page, in recycled memory."""
-    step = _step_of(shape, dtype)
+    step, free = _step_of(shape, dtype), _pool.free
     for near in range(step, step + 5):
         try:
-            buffer = _free[near].pop()
+            buffer = free[near].pop()
             break
         except IndexError:
             pass
     else:
         buffer = _allocate(step)
+        buffer.free = free
     return np.ndarray(shape, dtype, _Lease(buffer.size, np.uint8, buffer))
 
 
@@ -59,6 +71,27 @@ def zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     array = empty(shape, dtype)
     array.fill(0)
     return array
+
+
+@contextlib.contextmanager
+def apart(free: defaultdict[int, list[_Buffer]]) -> Iterator[None]:
+    """Have this thread's arrays cut from the buffers of a pool of its own, to which they come back."""
+    before, _pool.free = _pool.free, free
+    try:
+        yield
+    finally:
+        _pool.free = before
+
+
+def unleased(array: np.ndarray) -> np.ndarray:
+    """The same array, which keeps its memory, but no longer keeps others from it."""
+    lease: Any = array
+    while not isinstance(lease, _Lease):                     # a view's base may be a view
+        if lease is None:
+            return array
+        lease = getattr(lease, "base", None)
+    offset = array.ctypes.data - lease.ctypes.data
+    return np.ndarray(array.shape, array.dtype, lease.base, offset, array.strides)   # type: ignore[arg-type]
 
 
 def free_bytes() -> int:

@@ -1,4 +1,5 @@
 """Recycled memory: aligned, reused when the last view dies, never before."""
+import collections
 import gc
 import itertools
 import math
@@ -302,3 +303,49 @@ def test_kernels_stay_inside_their_memory_and_do_not_read_what_was_there(case, d
     for block, start, end in blocks:
         assert (block[:start] == 0xFF).all() and (block[end:] == 0xFF).all()
     assert blocks or case.__name__ == "adamw"                # which writes into what it is given
+
+
+def test_a_pool_apart_gives_to_no_other_and_takes_from_none():
+    pool = collections.defaultdict(list)
+    outside = memory.empty(5000, np.uint8)
+    place = address(outside)
+    del outside
+    with memory.apart(pool):
+        first, second = memory.empty(5000, np.uint8), memory.empty(5000, np.uint8)
+        places = {address(first), address(second)}
+        assert place not in places
+        del second
+        with pytest.raises(ZeroDivisionError), memory.apart(collections.defaultdict(list)):
+            assert address(memory.empty(5000, np.uint8)) not in places
+            raise ZeroDivisionError
+        assert address(memory.empty(5000, np.uint8)) in places, "what died in here"
+    del first                                                   # out there it comes back here, too
+    assert address(memory.empty(5000, np.uint8)) == place
+    with memory.apart(pool):
+        assert {address(x) for x in [memory.empty(5000, np.uint8), memory.empty(5000, np.uint8)]} <= places
+
+
+def test_a_pool_apart_is_one_thread_s():
+    pool, places = collections.defaultdict(list), []
+    with memory.apart(pool):
+        thread = threading.Thread(target=lambda: places.append(address(memory.empty(5000, np.uint8))))
+        thread.start()
+        thread.join()
+    assert not pool and len(places) == 1
+
+
+def test_without_its_lease_an_array_keeps_memory_that_others_get():
+    array = memory.empty((50, 100))[10:, ::2]
+    bare, place = memory.unleased(array), address(array)
+    assert bare.shape == array.shape and bare.strides == array.strides and address(bare) == place
+    start = place - 10 * 400
+    del array
+    again = memory.empty((50, 100))
+    assert address(again) == start
+    again[...] = 7
+    assert (bare == 7).all()
+    del again
+    memory.release()
+    assert (bare == 7).all()
+    mine = np.zeros(3)
+    assert memory.unleased(mine) is mine and memory.unleased(mine[1:]).base is mine
