@@ -48,7 +48,9 @@ def _step(config: Config, vocabulary: int) -> None:
     model = GPT(config, vocabulary)
     optimizer = make_optimizer(model, config)
     ids = np.zeros((1, config.context), np.int32)                  # kernels are the same for any batch, but
-    kernels.add(np.zeros(1, np.float32), np.zeros(1, np.float32))  # small arrays are added by none
+    kernels.add(np.zeros(1, np.float32), np.zeros(1, np.float32))  # small arrays are added up by none
+    if config.positions == "learned":
+        kernels.column_sum(np.zeros((1, 1), np.float32))
     evaluate(model, np.zeros(config.context + 2, np.int32))        # a whole window, and one that is cut short
     mt.cross_entropy(model(ids), ids).backward()
     optimizer.step()

@@ -18,7 +18,6 @@ import kernels
 import minitensor as mt
 from gpt.model import GPT
 from kernels import memory
-from kernels.check import check_range
 from kernels.jit import launch, noting
 
 
@@ -26,7 +25,9 @@ class Replay:
     """A batch's loss, and its gradients added to the parameters', as plain(x, y) finds them for ids x and
     targets y (B, T) in one pass through the model: from the fourth call on by replay, where that can be done.
 
-    Gradients are good until the next call, which may write into their arrays.
+    Gradients are good until the next call, which may write into their arrays. Weights may be changed,
+    replaced, frozen. A block taken out, a forward pass that differs from call to call, `no_grad`: these are
+    not seen.
     """
 
     def __init__(self, model: GPT, plain: Callable[[np.ndarray, np.ndarray], float]):
@@ -38,70 +39,78 @@ class Replay:
         self.verified = False
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> float:
-        if any([p.grad is not None for p in self.parameters]):
-            return self.plain(x, y)                          # not in the pool: these may lie there
+        if not self.possible or any([p.grad is not None for p in self.parameters]):
+            return self.plain(x, y)                          # not in the pool, where these may lie
         self.calls += 1
         with memory.apart(self.pool):
-            if self.calls == 1 or not self.possible:
-                return self.plain(x, y)                      # the first may compile
+            if self.calls == 1:
+                return self.plain(x, y)                      # which may compile
             if self.calls == 2:
-                return self._note(x, y)
+                self._note(x, y)
+                return self.plain(x, y)
             if not self._fits(x, y):
                 return self.plain(x, y)
-            return self._replay(x, y) if self.verified else self._verify(x, y)
+            if self.verified:
+                return self._replay(x, y)
+            return self._verify(x, y)
 
-    def _note(self, x: np.ndarray, y: np.ndarray) -> float:
-        """A step as usual, noted."""
-        self.possible = False                                # should it raise
+    def _note(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Note the launches of a step, whose results are not used."""
         self.tape: list[tuple] = []
         self.x, self.y = x.copy(), y.copy()
-        self.arrays, self.precision = [p.data for p in self.parameters], kernels.get_matmul_precision()
+        self.arrays = [p.data for p in self.parameters]      # kept, so that no other gets their ids
+        self.made_for = self._state()
+        self.possible = False                                # should it raise
         with noting(lambda *entry: self.tape.append(_unleased(entry))):
             losses = mt.cross_entropy(self.model(self.x), self.y, reduction="none")
             self.scale = losses.dtype.type(1 / losses.size)
             losses.backward(np.full(losses.shape, self.scale))
-        self.losses, self.gradients = memory.unleased(losses.numpy()), _unleased(self._gradients())
+        self.losses = memory.unleased(losses.numpy())
+        self.gradients = [(p, memory.unleased(p.grad.data)) for p in self.parameters if p.grad is not None]
+        self._drop_gradients()
         self.possible = True
-        return self._loss()
+
+    def _state(self) -> tuple:
+        """What a step's launches depend on, but for what lies in the arrays."""
+        return (kernels.get_matmul_precision(), [p.requires_grad for p in self.parameters],
+                [id(p.data) for p in self.parameters])
 
     def _fits(self, x: np.ndarray, y: np.ndarray) -> bool:
         """Is all as it was when the step was noted?"""
-        return (x.shape == self.x.shape and x.dtype == self.x.dtype and y.dtype == self.y.dtype
-                and kernels.get_matmul_precision() == self.precision
-                and all([p.data is array for p, array in zip(self.parameters, self.arrays, strict=True)]))
+        vocabulary = len(self.model.tokens.weight)
+        return (all([given.shape == own.shape and given.dtype == own.dtype
+                     and given.min() >= 0 and given.max() < vocabulary
+                     for given, own in ((x, self.x), (y, self.y))])
+                and self._state() == self.made_for)
 
     def _replay(self, x: np.ndarray, y: np.ndarray) -> float:
-        for name, ids, own in (("x", x, self.x), ("y", y, self.y)):
-            check_range("Replay", name, ids, len(self.model.tokens.weight))
-            own[...] = ids
+        self.x[...], self.y[...] = x, y
         for entry in self.tape:
             launch(*entry)
-        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+        for p, gradient in self.gradients:
             p.grad = mt.Tensor(gradient)
-        return self._loss()
+        return float(self.losses.sum() * self.scale)
 
     def _verify(self, x: np.ndarray, y: np.ndarray) -> float:
         """A step by replay, and as usual: if a bit is not the same, no other is replayed."""
-        loss = self._replay(x, y)
-        bits = self._digests()
-        for p in self.parameters:
-            p.grad = None
+        loss, bits = self._replay(x, y), self._digests()
+        self._drop_gradients()
         expected = self.plain(x, y)
         self.verified = self.possible = loss == expected and bits == self._digests()
+        if not self.possible:
+            self.tape, self.gradients, self.pool = [], [], defaultdict(list)
         return expected
 
-    def _gradients(self) -> list[np.ndarray]:
-        return [p.grad.data for p in self.parameters if p.grad is not None]
+    def _digests(self) -> list[bytes | None]:
+        return [None if p.grad is None else blake2b(p.grad.data.data).digest() for p in self.parameters]
 
-    def _digests(self) -> list[bytes]:
-        return [blake2b(gradient.data).digest() for gradient in self._gradients()]
-
-    def _loss(self) -> float:
-        return float(self.losses.sum() * self.scale)
+    def _drop_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
 
 
 def _unleased(entry: Any) -> Any:
     """A launch whose arrays may be overwritten as soon as the step that made them has no use for them."""
     if isinstance(entry, np.ndarray):
         return memory.unleased(entry)
-    return type(entry)(map(_unleased, entry)) if isinstance(entry, (tuple, list)) else entry
+    return tuple(map(_unleased, entry)) if isinstance(entry, tuple) else entry

@@ -13,7 +13,9 @@ from kernels.jit import flat_tasks, helper, kernel, launch
 
 
 def add(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """x, y of the shape of x or of its last axes -> x + y, in out if that is given, which may be x or y."""
+    """x, y of the shape of x or of its last axes -> x + y, in out if that is given: it may be x, or be y if
+    that has the shape of x.
+    """
     check("add", "x", x)
     check("add", "y", y, like=x)
     if y.shape != x.shape[max(0, x.ndim - y.ndim):]:

@@ -48,8 +48,8 @@ from kernels.tile import ROWS, columns
 
 QUERIES = tuple(-(-42 // rows) * rows for rows in (ROWS, TILE_ROWS))         # in a block, and in one of pairs
 KEYS = 320                                   # the most keys in a block; rows of 256 would share cache sets
-FEW = 16                                     # heads: threads share each of fewer, by blocks of queries, or
-PARTS = 8                                    # by so many parts of the keys. By shape: dq is the sum of theirs
+FEW = 16                                     # heads: threads share each of fewer, by blocks of queries, or by
+#                                              parts of the keys: by shape alone, as dq is the sum of theirs
 MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
 
 
@@ -174,7 +174,7 @@ def _backward(sizes: _Sizes, dout: np.ndarray, q: np.ndarray, kv: np.ndarray, ou
     dropout = _dropout(p, seed, q.dtype)
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
-        parts = min(PARTS, -(-keys // KEYS)) if batch * heads < FEW else 1
+        parts = min(-(-keys // KEYS), -(-FEW // (batch * heads)))
         blocks, places = _plan_backward(time, keys, depth, q.dtype, paired,
                                         batch * heads * parts if parts > 1 else max_threads())
         scratch = _scratch(places, q.dtype)

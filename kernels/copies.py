@@ -49,10 +49,10 @@ def copy_pieces(a, packed_a, b, packed_b, m, n, k, n0, panels, plan, thread, thr
 
 
 @helper
-def pack_group_of_a(a, packed, task, m, k, plan):
+def pack_group_of_a(a, packed, copy, m, k, plan):
     """A few register tiles of one part of one op(A)."""
-    first = plan.first_copied + task % groups(plan.shared) * GROUP
-    place = task // groups(plan.shared)                             # of the part of the matrix
+    first = plan.first_copied + copy % groups(plan.shared) * GROUP
+    place = copy // groups(plan.shared)                             # of the part of the matrix
     k0 = place % plan.parts * plan.depth
     pack_block(a[place // plan.parts], packed, (place * plan.shared - plan.first_copied) * plan.size_a, first,
                min(first + GROUP, plan.first_copied + plan.shared), plan.rows, m, k0, min(plan.depth, k - k0),
@@ -109,9 +109,9 @@ def pack_a(a, packed, start, tile, rows, m, k0, depth, size, transposed, bf16):
 
 
 @helper
-def pack_group_of_b(b, packed, task, panels, n0, n, k, plan):
+def pack_group_of_b(b, packed, copy, panels, n0, n, k, plan):
     """A few panels of one part of one matrix of B."""
-    first, place = task % groups(panels) * GROUP, task // groups(panels)
+    first, place = copy % groups(panels) * GROUP, copy // groups(panels)
     k0 = place % plan.parts * plan.depth
     pack_panels(b, packed, place * panels * plan.size_b, place // plan.parts, first,
                 min(first + GROUP, panels), n0, n, k0, k, min(plan.depth, k - k0), plan.width, plan.size_b,

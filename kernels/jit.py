@@ -163,11 +163,11 @@ def noting(note: Callable[..., None]) -> Iterator[None]:
     """Have note(kernel, tasks, *arguments) called for each launch of this thread: `launch` with the same does
     the same again, with what lies in the arrays by then.
     """
-    _notes.note = note
+    before, _notes.note = _notes.note, note
     try:
         yield
     finally:
-        _notes.note = None
+        _notes.note = before
 
 
 def compile_backwards(function: Callable[[], Any], first: Sequence[str] = ()) -> None:

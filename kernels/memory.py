@@ -28,7 +28,6 @@ class _Buffer(np.ndarray):
     if this were an ndarray, and make it the base of all views.
     """
     step: int
-    free: defaultdict[int, list[_Buffer]]                    # where it is when nobody has it
 
 
 _free: defaultdict[int, list[_Buffer]] = defaultdict(list)
@@ -37,10 +36,11 @@ _rests: list[np.ndarray] = []            # of slabs; several if threads have cut
 
 class _Lease(np.ndarray):
     """A whole buffer, the base of every array cut from it; when the last dies, the buffer is free again."""
+    free: defaultdict[int, list[_Buffer]]                    # where it was, and will be
 
     def __del__(self) -> None:
         buffer: Any = self.base
-        buffer.free[buffer.step].append(buffer)
+        self.free[buffer.step].append(buffer)
 
 
 class _Pool(threading.local):
@@ -62,8 +62,9 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
             pass
     else:
         buffer = _allocate(step)
-        buffer.free = free
-    return np.ndarray(shape, dtype, _Lease(buffer.size, np.uint8, buffer))
+    lease = _Lease(buffer.size, np.uint8, buffer)
+    lease.free = free
+    return np.ndarray(shape, dtype, lease)
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

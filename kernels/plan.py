@@ -22,7 +22,7 @@ from kernels.tile import columns, height
 # add to it once more would cost more.
 DEPTH = 768 if TARGET.vector_bytes == 64 else 384
 DEPTH_TILES = 384
-TALLEST = 1024              # rows of a piece
+TALLEST = 1024              # rows of a piece of rows, or of a product that is not cut
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
@@ -33,7 +33,7 @@ PAD = 16                    # and rows of their copies are so many elements furt
 ALIGN = LINE // 4           # floats: panels begin where lines of the cache do
 SMALL = 1 << 16             # multiplications that are not worth a second thread
 LEAST = 1 << 20             # and of a piece
-MANY = 8                    # pieces for each thread: so many products need not be cut
+MANY = 8                    # units for each thread: more of them do not help
 
 
 class Plan(NamedTuple):
@@ -45,9 +45,9 @@ class Plan(NamedTuple):
     streams: bool            # C goes past the caches, once it is whole
     batch_a: int             # different A and B
     batch_b: int
-    by_rows: bool            # a unit of the work is a row of register tiles, or a panel, or else a product;
-    by_panels: bool          # a piece has so many
-    most: int
+    by_rows: bool            # a unit of the work is a row of register tiles
+    by_panels: bool          # or a panel; if neither, a product
+    most: int                # units of a piece
     least: int
     block_n: int             # columns of B at a time
     near: int                # panels that rows go by at a time

@@ -40,9 +40,11 @@ print(json.dumps(compiled))
 """
 
 
-def test_leaves_nothing_of_a_step_to_compile(tmp_path, monkeypatch):
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_leaves_nothing_of_a_step_to_compile(positions, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    asked = json.dumps([dataclasses.asdict(CONFIG), 65, PRECISION])
+    config = dataclasses.replace(CONFIG, positions=positions, qk_norm=positions == "rotary")
+    asked = json.dumps([dataclasses.asdict(config), 65, PRECISION])
     subprocess.run([sys.executable, "-m", "gpt.ahead", asked], cwd=ROOT, check=True)
     made = {path.name for path in tmp_path.rglob("*.nbi")}
     run = subprocess.run([sys.executable, "-c", TRAIN, asked], cwd=ROOT, check=True, capture_output=True,

@@ -1,4 +1,6 @@
 """What the tests of the kernels share: how near is near enough, and runs on one thread and on two."""
+import importlib
+
 import numba
 import numpy as np
 import pytest
@@ -84,3 +86,16 @@ def poison():
             for buffer in buffers:
                 buffer.fill(255)
     return fill
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Attention goes by few keys at a time, so that in its backward pass threads share heads of few keys."""
+    attention = importlib.import_module("kernels.attention")
+    plans = attention._plan_forward, attention._plan_backward
+    monkeypatch.setattr(attention, "KEYS", attention.UNROLLED)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()

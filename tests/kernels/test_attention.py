@@ -121,6 +121,21 @@ def test_equals_the_whole_matrix_over_many_tiles(dtype, causal, close):
     check(close, 1, 300, 3, 16, dtype, causal, p=0.2)
 
 
+@BOTH
+@CAUSAL
+def test_heads_in_parts_equal_the_whole_matrix(dtype, causal, parts, close, one_and_two_threads, same_bits):
+    for batch, time, heads, depth, p in ((1, 300, 1, 33, 0.0), (1, 200, 4, 16, 0.2), (5, 129, 3, 8, 0.0),
+                                         (2, 97, 7, 5, 0.1), (4, 97, 4, 8, 0.0)):
+        check(close, batch, time, heads, depth, dtype, causal, p=p)
+    test_same_bits_on_one_and_two_threads(dtype, causal, one_and_two_threads, same_bits)
+
+
+@CAUSAL
+def test_bf16_heads_in_parts_equal_the_whole_matrix(causal, parts, bf16_attention, close):
+    check(close, 1, 300, 2, 33, np.float32, causal, roundings=BF16_ROUNDINGS)
+    check(close, 3, 200, 4, 16, np.float32, causal, p=0.2, roundings=BF16_ROUNDINGS)
+
+
 @CAUSAL
 def test_bf16_equals_the_whole_matrix(causal, bf16_attention, close):
     for (i, time), (j, depth) in itertools.product(enumerate((*TIMES, 300)), enumerate(DEPTHS)):

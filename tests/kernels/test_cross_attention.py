@@ -142,6 +142,15 @@ def test_a_query_that_sees_no_key_gets_zeros_and_passes_nothing_on(dtype):
 
 @BOTH
 @CAUSAL
+def test_heads_in_parts_equal_the_whole_matrix(dtype, causal, parts, close, one_and_two_threads, same_bits):
+    for sizes in ((1, 65, 300, 3, 17), (2, 33, 100, 2, 8)):
+        for mask in masks(sizes[0], sizes[2]):
+            check(close, sizes, dtype, causal, 0.2, 60, f"{sizes}", mask)
+    test_same_bits_on_one_and_two_threads(dtype, causal, one_and_two_threads, same_bits)
+
+
+@BOTH
+@CAUSAL
 def test_same_bits_on_one_and_two_threads(dtype, causal, one_and_two_threads, same_bits):
     for sizes in ((1, 65, 300, 3, 17), (4, 7, 49, 1, 8)):
         dout, q, kv = draw(*sizes, dtype)

@@ -325,6 +325,15 @@ def test_a_pool_apart_gives_to_no_other_and_takes_from_none():
         assert {address(x) for x in [memory.empty(5000, np.uint8), memory.empty(5000, np.uint8)]} <= places
 
 
+def test_buffers_go_with_their_pool():
+    pool = collections.defaultdict(list)
+    with memory.apart(pool):
+        buffer = weakref.ref(memory.empty(5000, np.uint8).base.base)
+    assert buffer() is not None
+    del pool
+    assert buffer() is None
+
+
 def test_a_pool_apart_is_one_thread_s():
     pool, places = collections.defaultdict(list), []
     with memory.apart(pool):
