@@ -79,7 +79,7 @@ def test_page_of_a_default_gpt_is_below_5_mb(tmp_path, unfused):
     assert time.perf_counter() - start < 3
     assert (tmp_path / "backward.html").stat().st_size < 5e6
     data = data_of((tmp_path / "backward.html").read_text())
-    assert Config().layers == 4 and len(data["steps"]) == len(trace) == (285 if unfused else 69)
+    assert Config().layers == 4 and len(data["steps"]) == len(trace) == (284 if unfused else 68)
     for step, written in zip(trace, data["steps"], strict=True):
         array = data["arrays"][written["gradient"]]
         assert array["mean"] == pytest.approx(step.gradient.mean, rel=1e-6)
@@ -190,7 +190,7 @@ def test_steps_through_a_gpt_by_key(open_page):
     """All steps by key, and at three of them the gradient that grad computes."""
     model, trace = gpt_trace(layers=3)
     page = open_page(trace)
-    assert page.locator(".node").count() == len(trace) == 220
+    assert page.locator(".node").count() == len(trace) == 219
     for i, step in enumerate(trace):
         counter, op, lit, done, inside = page.evaluate("""() => {
             const text = what => document.querySelector(what).textContent;
