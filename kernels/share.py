@@ -56,9 +56,10 @@ def next_piece(counters, whose, threads, units, most, least):
     while whose < 2 * threads:
         share = whose % threads
         first, end = units * share // threads, units * (share + 1) // threads
-        for _ in range(_take(counters + share * LINE)):
-            first += min(most, max(least, (end - first + 1) // 2))
+        behind = first
+        for _ in range(_take(counters + share * LINE) + 1):
+            first, behind = behind, behind + min(most, max(least, (end - behind + 1) // 2))
         if first < end:
-            return first, min(end, first + min(most, max(least, (end - first + 1) // 2))), whose
+            return first, min(end, behind), whose
         whose += 1
     return 0, 0, whose

@@ -30,7 +30,7 @@ _np: Any = np                               # numpy as a Tensor meets it: its fu
 _serial = itertools.count()                 # one clock for all: of nodes, and of changes to .data
 _last_change = 0
 SHARED = 1 << 16                            # elements whose sum is worth a second thread
-LONG = 1 << 8                               # and of what is added to others over and over
+LONG = 1 << 8                               # and of what is added over and over, or summed down to
 
 
 class _State(threading.local):
@@ -598,8 +598,10 @@ def _unbroadcast(g: Any, shape: tuple[int, ...], name: str) -> Any:
     if extra < 0 or kept != shape:
         raise ValueError(f"backward: the vjp of '{name}' gave a gradient of shape {g.shape} "
                          f"for an input of shape {shape}")
-    if isinstance(g, np.ndarray) and len(axes) == extra and g.size >= SHARED and g.flags.carray:
-        return kernels.column_sum(g.reshape(-1, math.prod(shape))).reshape(shape)
+    size = math.prod(shape)
+    if (isinstance(g, np.ndarray) and len(axes) == extra and g.size >= SHARED and size >= LONG
+            and g.flags.carray):
+        return kernels.column_sum(g.reshape(-1, size)).reshape(shape)
     return np.reshape(np.sum(g, axis=axes), shape)
 
 

@@ -40,6 +40,15 @@ def test_broadcasting_of_large_arrays_is_undone_by_a_kernel():
     np.testing.assert_array_equal(x.grad.numpy(), g)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_gradient_summed_down_to_few_numbers_is_as_exact_as_numpy_s(shape):
+    g = np.random.default_rng(0).random((400_000, 3), dtype=np.float32)
+    s = Tensor(np.zeros(shape, np.float32), True)
+    (Tensor(np.zeros(g.shape, np.float32)) + s).backward(g)
+    axes = (0,) if shape == (3,) else (0, 1)
+    np.testing.assert_array_equal(s.grad.numpy(), g.sum(axis=axes).reshape(shape))
+
+
 def test_chain_of_100_000_ops():
     x = y = leaf(1.0)
     for _ in range(100_000):
