@@ -2,14 +2,17 @@
 
     python tests/benchmarks/train_step.py --config cpu lecture8 --versus torch
 
-Prints a JSON line for each process. With --versus torch the two sides run in turn, each --repeats times and
-each in a process of its own, and a last line for each config gives the medians and their ratio: the time of
-PyTorch's fastest mode over ours. The peer is tests/gpt/torch_peer.py: the same model from the same config,
-with fused AdamW. --torch-mode: eager in float32 (the default); compile, under torch.compile; medium, with
-products in bfloat16 where the CPU has them; bf16, under autocast.
+Prints a JSON line for each process. With --versus torch each side has a process of its own, and these make a
+few steps each in turn, the others asleep, so that all meet alike whatever else the machine is doing. A last
+line for each config gives the medians and the ratio: the median, over the turns, of the time of PyTorch's
+fastest mode over ours. The peer is tests/gpt/torch_peer.py: the same model from the same config, with fused
+AdamW. --torch-mode: eager in float32 (the default); compile, under torch.compile; medium, with products in
+bfloat16 where the CPU has them; bf16, under autocast.
 """
 import argparse
+import itertools
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -29,8 +32,9 @@ CONFIGS = {
     "long": Config(context=2048, batch=1),
     "gpt2": Config(layers=12, heads=12, width=768, context=64, batch=4),                  # llm.c's, 124M
 }
-STEPS = {"cpu": 40, "lecture8": 8, "long": 15, "gpt2": 5}
-WARM_UP = 3
+STEPS = {"cpu": 200, "lecture8": 10, "long": 40, "gpt2": 10}
+TURN = {"cpu": 10, "lecture8": 1, "long": 2, "gpt2": 1}      # steps: some tenths of a second
+WARM_UP = 5                                                  # the fourth step is the first of Replay
 
 
 def ours(config: Config, vocabulary: int, precision: str):
@@ -83,70 +87,103 @@ def peer(config: Config, vocabulary: int, mode: str):
     return step, sum(p.numel() for p in parameters)
 
 
-def measure(name: str, side: str, mode: str, steps: int) -> dict:
-    """Time steps of one side in this process, after a warm-up."""
+def run_side(name: str, side: str, mode: str) -> None:
+    """Be one side: make as many steps as each line of stdin says, and answer with a line of their times; at
+    the end of stdin, with what else is known."""
     config, vocabulary = CONFIGS[name], VOCABULARY.get(name, 65)
     step, parameters = (ours if side == "ours" else peer)(config, vocabulary, mode)
     shape = (8, config.batch, config.context + 1)
-    batches = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
-    times, loss = [], 0.0
-    for i in range(WARM_UP + steps):
-        start = time.perf_counter()
-        loss = step(batches[i % len(batches)])
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[WARM_UP:])
-    return dict(config=name, mode=mode if side == "ours" else f"torch {mode}", params=parameters,
-                step_ms_min=round(min(times[WARM_UP:]) * 1e3, 2), step_ms_median=round(median * 1e3, 2),
-                tokens_per_s=round(config.batch * config.context / median),
-                peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, loss=round(loss, 4))
+    batches = itertools.cycle(np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32))
+    loss = 0.0
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            loss = step(next(batches))
+            times.append((time.perf_counter() - start) * 1e3)
+        print(json.dumps(times), flush=True)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps(dict(params=parameters, peak_rss_mb=memory, loss=round(loss, 4))), flush=True)
 
 
-def in_a_process(name: str, side: str, mode: str, steps: int) -> dict:
-    """`measure` in a new process; its line is printed."""
-    command = [sys.executable, __file__, "--config", name, "--side", side, "--steps", str(steps),
-               "--precision" if side == "ours" else "--torch-mode", mode]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    line = run.stdout.strip().splitlines()[-1]
-    print(line, flush=True)
-    return json.loads(line)
+class Process:
+    """One side in a process of its own, which sleeps but for its turns."""
+
+    def __init__(self, name: str, side: str, mode: str):
+        self.mode = mode if side == "ours" else f"torch {mode}"
+        command = [sys.executable, __file__, "--config", name, "--side", side,
+                   "--precision" if side == "ours" else "--torch-mode", mode]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def steps(self, n: int) -> list[float]:
+        """The times of n steps, in milliseconds."""
+        print(n, file=self._process.stdin, flush=True)
+        return json.loads(self._line())
+
+    def end(self) -> dict:
+        self._process.stdin.close()
+        return json.loads(self._line())
+
+    def _line(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the process of {self.mode} ended with status {self._process.wait()}")
+        return line
 
 
-def compare(name: str, precision: str, torch_modes: list[str], steps: int, repeats: int) -> dict:
-    """Both sides in turn, and the medians: the ratio is that of PyTorch's fastest mode."""
+def measure(name: str, sides: list[tuple[str, str]], steps: int, repeats: int) -> dict:
+    """Time all sides in turn, `repeats` times in new processes."""
     times: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     for _ in range(repeats):
-        for side, mode in [("ours", precision), *(("torch", mode) for mode in torch_modes)]:
-            line = in_a_process(name, side, mode, steps)
-            times.setdefault(line["mode"], []).append(line["step_ms_median"])
-            memory[line["mode"]] = line["peak_rss_mb"]
+        processes = [Process(name, side, mode) for side, mode in sides]
+        for process in processes:
+            process.steps(WARM_UP)
+        turns: dict[str, list[float]] = {process.mode: [] for process in processes}
+        for _ in range(math.ceil(steps / TURN[name])):
+            for process in processes:
+                turns[process.mode].append(statistics.median(process.steps(TURN[name])))
+        for process in processes:
+            mode, known = process.mode, process.end()
+            memory[mode] = max(memory.get(mode, 0), known["peak_rss_mb"])
+            times.setdefault(mode, []).extend(turns[mode])
+            median = statistics.median(turns[mode])
+            config = CONFIGS[name]
+            print(json.dumps(dict(config=name, mode=mode, step_ms_min=round(min(turns[mode]), 2),
+                                  step_ms_median=round(median, 2),
+                                  tokens_per_s=round(config.batch * config.context / median * 1e3), **known)),
+                  flush=True)
     medians = {mode: round(statistics.median(values), 2) for mode, values in times.items()}
-    fastest = min((mode for mode in medians if mode != precision), key=lambda mode: medians[mode])
-    ratios = [round(theirs / ours, 3) for ours, theirs in zip(times[precision], times[fastest], strict=True)]
-    return dict(config=name, step_ms=medians, fastest=fastest, ratios=ratios, peak_rss_mb=memory,
-                ratio=round(medians[fastest] / medians[precision], 3))
+    result = dict(config=name, step_ms=medians, peak_rss_mb=memory)
+    if len(sides) > 1:
+        own, *others = medians
+        fastest = min(others, key=lambda mode: medians[mode])
+        ratios = [theirs / ours for ours, theirs in zip(times[own], times[fastest], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        result |= dict(fastest=fastest, ratio=round(middle, 3), quartiles=[round(low, 3), round(high, 3)])
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time a training step.")
     parser.add_argument("--config", nargs="+", default=["cpu"], choices=CONFIGS)
     parser.add_argument("--precision", choices=["highest", "bf16"], default="highest", help="of our products")
-    parser.add_argument("--steps", type=int, help="steps to time in each process, after 3 of warm-up")
+    parser.add_argument("--steps", type=int, help=f"steps to time in a process, {WARM_UP} of warm-up aside")
     parser.add_argument("--versus", choices=["torch"], help="run the PyTorch peer in turn with ours")
     parser.add_argument("--torch-mode", nargs="+", choices=["eager", "compile", "medium", "bf16"],
                         default=["eager"])
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
-    parser.add_argument("--side", choices=["ours", "torch"], help="measure this side in this very process")
+    parser.add_argument("--repeats", type=int, default=3, help="how often to start the processes")
+    parser.add_argument("--side", choices=["ours", "torch"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.config:
-        steps = options.steps or STEPS[name]
         if options.side:
             mode = options.precision if options.side == "ours" else options.torch_mode[0]
-            print(json.dumps(measure(name, options.side, mode, steps)), flush=True)
-        elif options.versus:
-            print(json.dumps(compare(name, options.precision, options.torch_mode, steps, options.repeats)))
-        else:
-            in_a_process(name, "ours", options.precision, steps)
+            run_side(name, options.side, mode)
+            continue
+        sides = [("ours", options.precision)]
+        if options.versus:
+            sides += [("torch", mode) for mode in options.torch_mode]
+        print(json.dumps(measure(name, sides, options.steps or STEPS[name], options.repeats)), flush=True)
 
 
 if __name__ == "__main__":
