@@ -62,7 +62,7 @@ def multiply_again(a, b, c, repeats, bf16):
     start_tiles(bf16)
     for _ in range(repeats):
         register_tile(c, address(a, 0), a.shape[1], 1, address(b, 0), c.shape[1], address(c, 0), c.shape[1],
-                      len(b), 0, 0, True, bf16)
+                      len(b), 0, 0, len(c), True, bf16)
     stop_tiles(bf16)
 
 

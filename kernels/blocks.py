@@ -62,7 +62,8 @@ def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, ro
             if j < i + tile_rows(paired) + diagonal:
                 register_tile(c, address(a, a_start + i * a_row), a_row, 1,
                               address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, 0, 0, True, paired is not None)
+                              address(c, i * c_row + j), c_row, depth, 0, 0, rows - i, True,
+                              paired is not None)
 
 
 @mover
@@ -75,7 +76,7 @@ def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, di
             if n > 0:
                 to = address(c, c_start + i * width + d)
                 register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              to, width, elements(n, paired), to, width, True, paired is not None)
+                              to, width, elements(n, paired), to, width, rows - i, True, paired is not None)
 
 
 @mover
@@ -93,12 +94,12 @@ def multiply_columns(a, a_row, b, first_row, b_row, c, c_row, width, rows, count
                 to = address(c, d * c_row + j)
                 register_tile(c, address(b, d * b_row + first_row + first), b_row, 1,
                               address(a, first * a_row + j), a_row,
-                              to, c_row, last - first, to, c_row, True, True)
+                              to, c_row, last - first, to, c_row, TILE_ROWS, True, True)
             elif first < last:
                 to = address(c, j * c_row + d)
                 register_tile(c, address(a, first * a_row + j), 1, a_row,
                               address(b, (first_row + first) * b_row + d), b_row,
-                              to, c_row, last - first, to, c_row, True, paired is not None)
+                              to, c_row, last - first, to, c_row, count - j, True, paired is not None)
 
 
 @mover

@@ -2,10 +2,11 @@
 
     y = x Wᵀ          dx = dy W          dW = dyᵀ x
 
-B is copied into panels as wide as the register tile, so that the tile reads it in order. A is read where it
-is, but for a last partial tile of rows, and where it is transposed or its rows share a few sets of the cache;
-for products in bfloat16 both are copied, and rounded on the way. `kernels.plan` cuts C into pieces. Every
-sum over K runs in the same order however C is cut up, so the bits do not depend on the number of threads.
+Of two operands the smaller is copied, into panels as wide as the register tile, or rows as tall, so that the
+tile reads it in order; the larger is read where it is, but for last partial tiles, and where a copy pays: see
+`kernels.plan`, which cuts C into pieces. For products in bfloat16 both are copied, and rounded on the way.
+Every sum over K runs in the same order however C is cut up, so the bits do not depend on the number of
+threads.
 
 A large C goes past the caches: it would not be there when it is read, and a line that is not fetched to be
 overwritten takes half the time.

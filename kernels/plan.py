@@ -26,6 +26,7 @@ TALLEST = 1024              # rows of a piece of rows, or of a product that is n
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
+REUSED = 1024               # columns that A is multiplied by, or rows of B: so many pay for a copy of it
 LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and rows of their copies are so many elements further apart; room, too,
@@ -53,7 +54,8 @@ class Plan(NamedTuple):
     near: int                # panels that rows go by at a time
     rows: int                # of a register tile, and its width
     width: int
-    first_copied: int        # the first tile of rows of A that is copied, not read where it is
+    first_copied: int        # the first tile of rows of A that is copied, not read where it is,
+    first_panel: int         # and the first panel of B
     shared: int              # so many tiles are copied for all threads; 0: each copies its own, if any,
     own_a: int               # at most so many at a time
     own_b: bool              # each thread copies its panels of B
@@ -99,14 +101,19 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     most = max(least, -(-units // (2 * max_threads())))
     if by_rows:
         most = min(most, max(1, TALLEST // rows))
-    # A is read where it is, but for the rows of a last, partial tile, and where it is transposed.
-    first_copied = m // rows if row_of_a % SAME_SET and not bf16 and not transpose_a else 0
+    own_b = not by_rows and batch_b == count
+    # What one thread alone reads is read where it is, but for a last, partial tile or panel, if a step of the
+    # register tile takes long enough to fetch it from the second-level cache. Rows of A can be always.
+    in_place = TARGET.vector_bytes == 64 and not bf16
+    rows_of_a, rows_of_b = not transpose_a and not bf16, in_place and own_b and not transpose_b and m < REUSED
+    columns_of_a = in_place and transpose_a and not by_panels and n < REUSED
+    first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
+    first_panel = n // width if rows_of_b and n * dtype.itemsize % SAME_SET else 0
     shared = tall - first_copied if by_panels else 0
     own_a = min(most if by_rows else tall, tall - first_copied)
     deep = steps.py_func(depth, bf16)
     size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
     copies_a = batch_a * parts * shared or max_threads() * own_a
-    own_b = not by_rows and batch_b == count
     bytes_b = size_b * dtype.itemsize or 1
     if not own_b:
         panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
@@ -116,8 +123,8 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     room = rows * width + (near * width * (rows + 2) if activated else 0)
     plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, by_rows, by_panels, most,
-                least, panels * width, near, rows, width, first_copied, shared, own_a, own_b, parts, depth,
-                size_a, size_b, end_a, end_b, room)
+                least, panels * width, near, rows, width, first_copied, first_panel, shared, own_a, own_b,
+                parts, depth, size_a, size_b, end_a, end_b, room)
     return tuple(plan), 1 if count * m * n * k < SMALL else units, end_b + max_threads() * room
 
 

@@ -13,7 +13,7 @@ from kernels.plan import steps
 from kernels.relu2 import relu2_row
 from kernels.share import next_piece
 from kernels.simd import address, compact, copy_columns, finish_streams, stream_columns
-from kernels.tile import register_tile
+from kernels.tile import register_tile, written
 
 GELU, GELU_TANH, RELU2 = range(3)
 
@@ -56,18 +56,21 @@ def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, fi
         start_b = thread * plan.near if plan.own_b else (batch_b * plan.parts + part) * panels
         for panel in range(first, last, plan.near):
             end = min(last, panel + plan.near)
+            copy_b = start_b + panel
             if plan.own_b:
-                pack_panels(b, packed_b, (start_b - panel) * plan.size_b, batch_b, panel, end, n0, c.shape[2],
-                            k0, k, depth, plan.width, plan.size_b, plan.transpose_b, plan.bf16)
-            multiply_block(a[batch_a], packed_a, copy * plan.size_a, packed_b,
-                           (start_b + (0 if plan.own_b else panel)) * plan.size_b, c[batch], i0, i1, k0,
-                           depth, n0 + panel * plan.width, end - panel, plan, part + 1 == plan.parts, room,
-                           bias, activated[batch] if len(activated) else c[batch, :0], activation)
+                copied_b = max(panel, plan.first_panel)
+                copy_b = start_b + panel - copied_b
+                pack_panels(b, packed_b, (start_b - copied_b) * plan.size_b, batch_b, copied_b, end, n0,
+                            c.shape[2], k0, k, depth, plan.width, plan.size_b, plan.transpose_b, plan.bf16)
+            multiply_block(a[batch_a], packed_a, copy * plan.size_a, b, (batch_b * k + k0) * c.shape[2],
+                           packed_b, copy_b * plan.size_b, c[batch], i0, i1, k0, depth,
+                           n0 + panel * plan.width, end - panel, plan, part + 1 == plan.parts, room, bias,
+                           activated[batch] if len(activated) else c[batch, :0], activation)
 
 
 @helper
-def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, panels, plan, ends, room,
-                   bias, activated, activation):
+def multiply_block(a, packed_a, start_a, b, rows_of_b, packed_b, start_b, c, i0, i1, k0, depth, j0, panels,
+                   plan, ends, room, bias, activated, activation):
     """Register tiles i0 to i1, panels of columns from j0 on of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
     ends: K does, so that C is whole. room: scratch for tiles that reach beyond C, or go past the caches or on
@@ -80,7 +83,9 @@ def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, p
     start_tiles(plan.bf16)
     for tile in range(i0, i1):
         i = tile * rows
-        if tile < plan.first_copied:
+        if tile < plan.first_copied and plan.transpose_a:
+            a_at, row, step = address(a, k0 * m + i), 1, m
+        elif tile < plan.first_copied:
             a_at, row, step = address(a, i * a.shape[1] + k0), a.shape[1], 1
         elif plan.transpose_a and not (plan.bf16 and TILES):
             a_at, row, step = address(packed_a, start_a + tile * plan.size_a), 1, rows
@@ -88,7 +93,7 @@ def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, p
             a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
         for panel in range(max(0, (i - j0) // width) if plan.half else 0, panels):
             j = j0 + panel * width
-            inside = i + rows <= m and j + width <= n
+            inside = i + written(m - i, plan.bf16) <= m and j + width <= n
             before, before_row = 0, 0
             if not inside:
                 for r in range(min(rows, m - i)):
@@ -106,9 +111,11 @@ def multiply_block(a, packed_a, start_a, b, start_b, c, i0, i1, k0, depth, j0, p
                 to, to_row = address(c, i * n + j), n
             else:
                 to, to_row = address(edge, 0), width
-            b_at, wide = address(b, start_b + panel * plan.size_b), inside or 2 * (n - j) > width
-            register_tile(c, a_at, row, step, b_at, width, to, to_row, deep, before, before_row, wide,
-                          plan.bf16)
+            b_at, b_step = address(packed_b, start_b + panel * plan.size_b), width
+            if j < plan.first_panel * width:
+                b_at, b_step = address(b, rows_of_b + j), n
+            register_tile(c, a_at, row, step, b_at, b_step, to, to_row, deep, before, before_row, m - i,
+                          2 * (n - j) > width, plan.bf16)
             if not active and (streams or not inside):
                 place_tile(edge, rows, width, c, i, j, inside, streams)
         if active:
@@ -151,6 +158,7 @@ def place_tile(edge, rows, width, c, i, j, inside, streams):
     """A register tile to where it belongs."""
     compact()
     m, n = c.shape
+    rows = min(rows, m - i)
     if inside and streams:
         for r in range(rows):
             stream_columns(edge, r * width, c, (i + r) * n + j)
@@ -158,6 +166,6 @@ def place_tile(edge, rows, width, c, i, j, inside, streams):
         for r in range(rows):
             copy_columns(edge, r * width, c, (i + r) * n + j)
     else:
-        for r in range(min(rows, m - i)):
+        for r in range(rows):
             for s in range(min(width, n - j)):
                 c[i + r, j + s] = edge[r * width + s]

@@ -18,9 +18,11 @@ from numba.extending import intrinsic
 
 from kernels import amx
 from kernels.cpu import TARGET
+from kernels.jit import helper
 from kernels.simd import INDEX, BFloat, everywhere, prefetch
 
 ROWS = TARGET.rows
+SHORT = tuple(rows for rows in (8, 4, 2) if rows < ROWS <= 4 * rows)      # for what is left below whole tiles
 
 
 def columns(dtype) -> int:
@@ -33,44 +35,65 @@ def height(bf16: bool) -> int:
     return amx.ROWS if bf16 and TARGET.tiles else ROWS
 
 
+@helper
+def written(rows, bf16):
+    """The rows that a register tile of two vectors writes where so many are wanted."""
+    if bf16 and TARGET.tiles:
+        return amx.ROWS
+    least = ROWS
+    for short in SHORT:
+        if rows <= short:
+            least = short
+    return least
+
+
 @intrinsic
-def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16):
-    """C[ROWS, 2 vectors] = first + A[ROWS, k] @ B[k, 2 vectors], or of 1 vector if not wide.
+def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, rows, wide, bf16):
+    """C[rows, 2 vectors] = first + A[rows, k] @ B[k, 2 vectors]; if not wide C[ROWS, 1 vector].
 
     like: any array of the dtype. a, b, c, first: addresses of the first elements; first is C itself to add to
     it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
-    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here.
+    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here: `written(rows, bf16)` rows
+    of C are.
     bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
-    C and a CPU that has such products only). On a tile unit C has `height(True)` rows, both vectors are
-    written always, a_step must be 1 and k a multiple of `amx.PAIRS`.
+    C and a CPU that has such products only). On a tile unit both vectors are written always, a_step must be 1
+    and k a multiple of `amx.PAIRS`.
     """
     n, flag = types.intp, types.boolean
-    signature = types.void(like, n, n, n, n, n, n, n, n, n, n, flag, flag)
+    signature = types.void(like, n, n, n, n, n, n, n, n, n, n, n, flag, flag)
 
     def generate(context, build, signature, args):
-        _, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, wide, bf16 = args
+        _, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, rows, wide, bf16 = args
         real = context.get_value_type(signature.args[0].dtype)
         a, b, c, first = (build.inttoptr(x, real.as_pointer()) for x in (a, b, c, first))
+
+        def tile(of, vectors, pairs):
+            build.call(_tile_function(build.module, real, of, vectors, pairs),
+                       [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
+
         for pairs in [False, True][:1 + (TARGET.bf16 and real == ir.FloatType())]:
-            for vectors in (1, 2):
-                wanted = build.and_(wide if vectors == 2 else build.not_(wide),
-                                    bf16 if pairs else build.not_(bf16))
-                with build.if_then(wanted):
-                    build.call(_tile_function(build.module, real, vectors, pairs),
-                               [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
+            heights = () if pairs and TARGET.tiles else SHORT
+            with build.if_then(bf16 if pairs else build.not_(bf16)):
+                with build.if_then(build.not_(wide)):
+                    tile(ROWS, 1, pairs)
+                for of, below in zip((ROWS, *heights), (*heights, 0), strict=True):
+                    above = build.icmp_signed(">", rows, ir.Constant(INDEX, below))
+                    fits = build.icmp_signed("<=", rows, ir.Constant(INDEX, of)) if of < ROWS else above
+                    with build.if_then(build.and_(wide, build.and_(above, fits))):
+                        tile(of, 2, pairs)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _tile_function(module, real, vectors, pairs):
+def _tile_function(module, real, rows, vectors, pairs):
     """The tile as a function of its own, once in a module: inlined at every call it would compile slowly."""
     lanes = TARGET.vector_bytes // (4 if real == ir.FloatType() else 8)
     pointer = real.as_pointer()
     arguments = [pointer, INDEX, INDEX, pointer, INDEX, pointer, INDEX, INDEX, pointer, INDEX]
     function = cgutils.get_or_insert_function(
         module, ir.FunctionType(ir.VoidType(), arguments),
-        f"register_tile_{'bf16' if pairs else real}_{vectors}")
+        f"register_tile_{'bf16' if pairs else real}_{rows}x{vectors}")
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
@@ -102,10 +125,10 @@ def _tile_function(module, real, vectors, pairs):
         return build.call(dot, [z, build.bitcast(x, halves), build.bitcast(y, halves)])
 
     zero = ir.Constant(vector, [0.0] * lanes)
-    rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(ROWS)]
+    rows_of_c = [build.gep(c, [build.mul(c_row, index(i))]) for i in range(rows)]
     for row in rows_of_c:                    # asked for by the stores at the end, each would be waited for
         prefetch(build, row, vectors, write=True)
-    places = [(i, j) for i in range(ROWS) for j in range(vectors)]
+    places = [(i, j) for i in range(rows) for j in range(vectors)]
     build.cbranch(build.icmp_unsigned("!=", given, ir.Constant(pointer, None)), load, head)
 
     build.position_at_end(load)
@@ -126,7 +149,7 @@ def _tile_function(module, real, vectors, pairs):
     a_p, b_p = build.gep(a, [build.mul(p, a_step)]), build.gep(b, [build.mul(p, b_step)])
     b_vectors = [build.load(vector_at(b_p, j), align=align) for j in range(vectors)]
     following = {}
-    for i in range(ROWS):
+    for i in range(rows):
         broadcast = everywhere(build, build.load(build.gep(a_p, [build.mul(a_row, index(i))])), lanes)
         for j in range(vectors):
             following[i, j] = multiply_add(broadcast, b_vectors[j], sums[i, j])
