@@ -6,7 +6,9 @@ Source: Loshchilov, Hutter 2019.
 """
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Sequence
 
 import numba
@@ -27,7 +29,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
     themselves stay as they are).
     """
     groups = {"parameters": parameters, "gradients": gradients, "firsts": firsts, "seconds": seconds}
-    check_lists("adamw", groups)
+    addresses, ends = _joined("adamw", groups)
     if len(decays) != len(parameters):
         raise ValueError(f"adamw: decays holds {len(decays)} numbers; there are {len(parameters)} parameters")
     if step < 1:
@@ -38,17 +40,15 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
     real = like.dtype.type
     constants = (real(scale), real(beta1), real(1 - beta1), real(beta2), real(1 - beta2),
                  real(lr / (1 - beta1**step)), real(math.sqrt(1 - beta2**step)), real(eps))
-    addresses, ends = _table(*groups.values())
     shrinks = np.array([1 - lr * decay for decay in decays], like.dtype)
     launch(_adamw, flat_tasks(int(ends[-1])), like, addresses, ends, shrinks, constants)
 
 
 def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     """Σ x² over all arrays, which are of one dtype, in float64: for the norm of a gradient."""
-    _check_list("sum_of_squares", "arrays", arrays, arrays)
+    addresses, ends = _joined("sum_of_squares", {"arrays": arrays})
     if not arrays:
         return 0.0
-    addresses, ends = _table(arrays)
     partial = np.empty(flat_tasks(int(ends[-1])))
     launch(_sum_of_squares, len(partial), arrays[0].reshape(-1)[:0], addresses, ends, partial)
     return float(partial.sum())
@@ -57,8 +57,8 @@ def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
 def check_lists(name: str, groups: dict[str, Sequence[np.ndarray]]) -> None:
     """Raise unless each list is of the parameters' shapes; all but the gradients are to be written into."""
     for list_name, arrays in groups.items():
-        _check_list(name, list_name, arrays, groups["parameters"])
-        if not all(x.flags.writeable for x in arrays) and list_name != "gradients":
+        _check_list(name, list_name, arrays, next(iter(groups.values())))
+        if list_name not in ("gradients", "arrays") and not all([x.flags.writeable for x in arrays]):
             raise ValueError(f"{name}: {list_name} holds a read-only array; it is updated in place, "
                              "so pass a copy")
 
@@ -73,11 +73,31 @@ def _check_list(name: str, list_name: str, arrays: Sequence[np.ndarray], like: S
         check(name, f"{list_name}[{i}]", x, None if x is other else other.shape, like=like[0])
 
 
-def _table(*groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The addresses of the arrays (n, groups), and where each array of a group ends if they are joined."""
+_known: dict[tuple, tuple] = {}          # what `_joined` found, and for which arrays; it does not keep these
+MOST_KNOWN = 16
+
+
+def _joined(name: str, groups: dict[str, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The addresses of the arrays (n, groups), and where each array of a group ends if they are joined.
+
+    All are checked; but of a step with the very arrays of one before that was done then. To look at a hundred
+    arrays takes as long as the kernel of a small model.
+    """
+    key = (name, *[tuple(map(id, group)) if type(group) in (list, tuple) else None
+                   for group in groups.values()])
+    if key in _known:
+        addresses, ends, known = _known[key]
+        arrays = itertools.chain(*groups.values())
+        if all([reference() is x for reference, x in zip(known, arrays, strict=True)]):
+            return addresses, ends
+    check_lists(name, groups)
     # (Not x.__array_interface__: its keys, interned anew each time, make Python's table of strings grow.)
-    addresses = np.array([[x.ctypes.data for x in arrays] for arrays in groups], np.int64)
-    return addresses.T.copy(), np.cumsum([x.size for x in groups[0]])
+    addresses = np.array([[x.ctypes.data for x in group] for group in groups.values()], np.int64).T.copy()
+    ends = np.cumsum([x.size for x in next(iter(groups.values()))])
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = addresses, ends, [weakref.ref(x) for x in itertools.chain(*groups.values())]
+    return addresses, ends
 
 
 @helper

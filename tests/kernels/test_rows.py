@@ -1,6 +1,7 @@
 """The kernels that work row by row or element by element, against the same formulas in numpy and float64."""
 import itertools
 import math
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -545,6 +546,26 @@ def test_adamw_refuses_lists_that_differ():
         K.adamw([X], [X], [X], [X], [0.0, 0.0], 1, 1e-3, 0.9, 0.99, 1e-8)
     K.adamw([], [], [], [], [], 1, 1e-3, 0.9, 0.99, 1e-8)
     assert K.sum_of_squares([]) == 0
+
+
+def test_lists_with_other_arrays_than_in_the_step_before_are_looked_at_anew():
+    rows = normal(99, 40)
+    for i in range(99):                                  # rows whose ids are those of the row before
+        total = math.fsum(rows[i].astype(np.float64)**2)
+        assert K.sum_of_squares([rows[i]]) == pytest.approx(total, rel=1e-13)
+    arrays = list(np.abs(normal(4, 40)))
+    for step in range(1, 9):
+        expected = [x.copy() for x in arrays]
+        K.adamw(*([x] for x in expected), [0.1], step, 1e-3, 0.9, 0.99, 1e-8)
+        K.adamw(*([x] for x in arrays), [0.1], step, 1e-3, 0.9, 0.99, 1e-8)
+        np.testing.assert_array_equal(arrays, expected)
+        arrays[step % 4] = np.abs(rows[step])
+    long, short = normal(40), normal(3)
+    K.adamw([long, long], [long, long], [long, long], [long, long], [0.0] * 2, 1, 1e-3, 0.9, 0.99, 1e-8)
+    with pytest.raises(ValueError, match="gradients holds 3 arrays; there are 2 parameters"):
+        K.adamw([long, long], [long] * 3, [long] * 2, [long], [0.0] * 2, 1, 1e-3, 0.9, 0.99, 1e-8)
+    with pytest.raises(ValueError, match=re.escape("gradients[1] has shape (3,)")):
+        K.adamw([long, long], [long, short], [long] * 2, [long] * 2, [0.0] * 2, 1, 1e-3, 0.9, 0.99, 1e-8)
 
 
 @BOTH
