@@ -36,18 +36,21 @@ import numpy as np
 from numba import prange
 
 from kernels import memory
-from kernels.blocks import TILE_ROWS, TILES, UNROLLED
+from kernels.amx import PAIRS
+from kernels.blocks import TILE_ROWS, TILES
 from kernels.check import check
+from kernels.cpu import TARGET
 from kernels.dropout import keep_below, start_of
-from kernels.head import add_parts, backward_pieces, forward_pieces
+from kernels.head import QUERIES, add_parts, backward_pieces, forward_pieces
 from kernels.jit import kernel, launch, max_threads
 from kernels.matmul import get_matmul_precision
 from kernels.share import new_counters, num_threads
 from kernels.simd import LANES, LINE, ROUNDS
-from kernels.tile import ROWS, columns
+from kernels.tile import columns
 
-QUERIES = tuple(-(-42 // rows) * rows for rows in (ROWS, TILE_ROWS))         # in a block, and in one of pairs
-KEYS = 320                                   # the most keys in a block; rows of 256 would share cache sets
+KEYS = 512 if TARGET.vector_bytes == 64 else 320         # the most in a block, for the second-level cache
+PAD = 16                                     # so far are rows of scores apart, that they share no cache sets
+BLOCK = 64                                   # of a multiple of them
 FEW = 16                                     # heads: threads share each of fewer, by blocks of queries, or by
 #                                              parts of the keys: by shape alone, as dq is the sum of theirs
 MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
@@ -198,35 +201,49 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(depth: int, keys: int, dtype: np.dtype, paired: bool | None) -> tuple[int, int, int, int]:
+def _blocks(depth: int, keys: int, dtype: np.dtype) -> tuple[int, int, int, int]:
     """The width of a register tile; of a head, in whole tiles; how many keys and queries are in a block."""
     tile = columns(dtype)
-    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), UNROLLED), QUERIES[paired is not None]
+    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), BLOCK), QUERIES
 
 
 @functools.lru_cache(256)
 def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -> tuple[tuple, tuple]:
     """The blocks, and the places of the scratch, in the order in which `head_forward` names it."""
-    _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
-    rows = _round_up(keys, block)
-    return blocks, _places(dtype, *_own((rows * padded,), (rows, padded), (queries, padded), (queries, block),
-                                        (queries, padded), (2, queries)))
+    _, padded, block, queries = blocks = _blocks(depth, keys, dtype)
+    room, across = keys + TILE_ROWS, queries + PAD
+    values = (room, padded) if not paired else _turned(keys, padded) if TILES else (_pairs(keys), padded)
+    sums, upright = (queries, padded), (0, 0)
+    if TILES and paired:
+        sums, upright = (padded, queries), sums
+    return blocks, _places(dtype, *_own(
+        (room, padded), values, (queries * padded,), (block + TILE_ROWS, across), sums, (4, queries),
+        (_pairs(block) * across if paired else 0,), upright))
 
 
 @functools.lru_cache(256)
 def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
                    paired: bool | None, sums_of_dq: int) -> tuple[tuple, tuple]:
     """As `_plan_forward`, for `head_backward`."""
-    _, padded, block, queries = blocks = _blocks(depth, keys, dtype, paired)
-    rows, block_rows = _round_up(time, queries), _round_up(_round_up(block, ROWS), UNROLLED)
-    turned = TILES and paired                             # sums over queries are made as cᵀ there
-    sums = (padded, block_rows) if turned else (block_rows, padded)
-    pairs = (padded, rows // 2 + LANES) if turned else (rows // 2, padded) if paired else (0, 0)
-    block_pairs = queries // 2 * block_rows if paired else 0         # LANES: so that rows share no cache sets
+    _, padded, block, queries = blocks = _blocks(depth, keys, dtype)
+    rows, across = _round_up(time, queries), queries + PAD
+    of_block, weights = (block + TILE_ROWS, padded), (block + TILE_ROWS, across)
+    summed = (_pairs(rows) if paired else rows, padded)
+    key_pairs = _turned(block, padded) if TILES and paired else (_pairs(block) if paired else 0, padded)
     return blocks, _places(dtype, (sums_of_dq, rows, padded), *_own(
-        (rows, padded), (rows, padded), (rows,), (block * padded,), (block * padded,), (block, padded),
-        sums, sums, (queries, block_rows), (queries, block_rows),
-        pairs, pairs, (block_pairs,), (block_pairs,), (block_rows, padded) if turned else (0, 0)))
+        summed, summed, (rows * padded,), (rows * padded,), (2, rows), of_block, of_block, of_block, of_block,
+        weights, weights, key_pairs, (_pairs(block) * across if paired else 0,),
+        (padded, rows) if TILES and paired else (0, 0)))
+
+
+def _pairs(n: int) -> int:
+    """Rows of pairs of so many, in whole steps."""
+    return _round_up(n, 2 * PAIRS) // 2
+
+
+def _turned(n: int, padded: int) -> tuple[int, int]:
+    """Columns of so many rows as rows of pairs; LANES: so that they share no cache sets."""
+    return padded, _pairs(n) + LANES
 
 
 def _own(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -1,10 +1,10 @@
 """Products and copies of the blocks of queries and keys that attention goes by.
 
-A block has queries i < rows and keys j < count, of which query i sees those with j <= i + diagonal; register
-tiles that it sees nothing of are left out. paired: unless None, what is multiplied is pairs of bfloat16, from
-`pair_rows`, `pack_panel`, `pair_down` and `pair_across`; C is float32.
+A block has keys j < count, its rows, and queries i, its columns, of which query i sees the keys with
+j <= i + diagonal; register tiles that it sees nothing of are left out. paired: unless None, what is
+multiplied is pairs of bfloat16, from `pair_rows`, `pack_panel`, `pair_down` and `pair_across`; C is float32.
 
-The tile unit takes A by rows alone, and pairs sixteen at a time. So the sum over queries, in which blocks of
+The tile unit takes A by rows alone, and pairs sixteen at a time. So the sum over keys, in which blocks of
 weights are turned over, is made the other way round there: cᵀ = bᵀ A, which takes the weights as they are.
 """
 from __future__ import annotations
@@ -24,12 +24,11 @@ from kernels.pack import (
 )
 from kernels.plan import steps
 from kernels.rows import scale_row
-from kernels.simd import LANES, address, compact, out_of_line, transpose_block
+from kernels.simd import LANES, address, compact, out_of_line, round_interleaved, transpose_block
 from kernels.tile import ROWS, height, register_tile
 
 TILES = TARGET.tiles
 TILE_ROWS = height(True)          # rows of the register tile of pairs
-UNROLLED = 4 * LANES              # elements that LLVM takes at a time in a loop over a row
 STEP = amx.PAIRS if TILES else 1  # and its pairs come in so many
 
 
@@ -44,62 +43,53 @@ def tile_rows(paired):
     return ROWS if paired is None else TILE_ROWS
 
 
-@helper
-def read(n, size, paired):
-    """How many of a row's weights a product may read, of which n are not 0, in whole turns of an unrolled
-    loop: the register tile takes the row with others that see more keys.
-    """
-    return min(size, (n + tile_rows(paired) + UNROLLED - 1) // UNROLLED * UNROLLED)
+@mover
+def multiply_panels(a, a_start, a_row, panels, depth, c, c_row, count, queries, tile, diagonal, paired):
+    """C[j, i] = a_j · column i of the panels, of so many elements or pairs."""
+    out_of_line()
+    for i in range(0, queries, tile):
+        for j in range(0, min(count, i + tile + diagonal), tile_rows(paired)):
+            register_tile(c, address(a, a_start + j * a_row), a_row, 1, address(panels, i * depth), tile,
+                          address(c, j * c_row + i), c_row, depth, 0, 0, count - j, 2 * (queries - i) > tile,
+                          paired is not None)
 
 
 @mover
-def multiply_panels(a, a_start, a_row, panels, panels_start, depth, c, c_row, rows, count, tile, diagonal,
-                    paired):
-    """C[i, j] = a_i · column j of the panels, of so many elements or pairs."""
+def sum_over_queries(a, a_row, b, b_start, c, width, count, queries, tile, diagonal, paired):
+    """c_j += Σ_i A[j, i] b_i, for rows of width."""
     out_of_line()
-    for j in range(0, count, tile):
-        for i in range(0, rows, tile_rows(paired)):
-            if j < i + tile_rows(paired) + diagonal:
-                register_tile(c, address(a, a_start + i * a_row), a_row, 1,
-                              address(panels, panels_start + j * depth), tile,
-                              address(c, i * c_row + j), c_row, depth, 0, 0, rows - i, True,
-                              paired is not None)
-
-
-@mover
-def multiply_rows(a, a_row, b, b_start, c, c_start, width, rows, count, tile, diagonal, paired):
-    """c_i += Σ_j A[i, j] b_j, for rows of width."""
-    out_of_line()
-    for i in range(0, rows, tile_rows(paired)):
-        n = min(count, i + tile_rows(paired) + diagonal)
-        for d in range(0, width, tile):
-            if n > 0:
-                to = address(c, c_start + i * width + d)
-                register_tile(c, address(a, i * a_row), a_row, 1, address(b, b_start + d), width,
-                              to, width, elements(n, paired), to, width, rows - i, True, paired is not None)
-
-
-@mover
-def multiply_columns(a, a_row, b, first_row, b_row, c, c_row, width, rows, count, tile, diagonal, paired):
-    """c_j += Σ_i A[i, j] b_i, for rows of width; b_i is row first_row + i of b. On a tile unit cᵀ += bᵀ A, of
-    what `pair_across` makes of b.
-    """
-    out_of_line()
-    last = elements(rows, paired)
-    for j in range(0, count, tile if paired is not None and TILES else ROWS):
+    last = elements(queries, paired)
+    for j in range(0, count, tile_rows(paired)):
         first = max(0, j - diagonal)                     # earlier queries do not see these keys
         first = first if paired is None else first // (2 * STEP) * STEP
         for d in range(0, width, tile):
-            if first < last and paired is not None and TILES:
-                to = address(c, d * c_row + j)
-                register_tile(c, address(b, d * b_row + first_row + first), b_row, 1,
-                              address(a, first * a_row + j), a_row,
-                              to, c_row, last - first, to, c_row, TILE_ROWS, True, True)
-            elif first < last:
-                to = address(c, j * c_row + d)
-                register_tile(c, address(a, first * a_row + j), 1, a_row,
-                              address(b, (first_row + first) * b_row + d), b_row,
-                              to, c_row, last - first, to, c_row, count - j, True, paired is not None)
+            if first < last:
+                to = address(c, j * width + d)
+                register_tile(c, address(a, j * a_row + first), a_row, 1,
+                              address(b, b_start + first * width + d), width,
+                              to, width, last - first, to, width, count - j, True, paired is not None)
+
+
+@mover
+def sum_over_keys(a, a_row, b, b_start, b_row, c, c_start, c_row, width, count, queries, tile, diagonal,
+                  paired):
+    """c_i += Σ_j A[j, i] b_j, for rows of width. On a tile unit cᵀ += bᵀ A, of what `pair_across` makes of b.
+    """
+    out_of_line()
+    if paired is not None and TILES:
+        for i in range(0, queries, tile):
+            n = elements(max(0, min(count, i + tile + diagonal)), paired)
+            for d in range(0, width if n > 0 else 0, TILE_ROWS):
+                to = address(c, c_start + d * c_row + i)
+                register_tile(c, address(b, d * b_row + b_start), b_row, 1, address(a, i), a_row, to, c_row,
+                              n, to, c_row, TILE_ROWS, True, True)
+    else:
+        for i in range(0, queries, ROWS):
+            n = elements(max(0, min(count, i + ROWS + diagonal)), paired)
+            for d in range(0, width if n > 0 else 0, tile):
+                to = address(c, c_start + i * c_row + d)
+                register_tile(c, address(a, i), 1, a_row, address(b, b_start + d), b_row, to, c_row,
+                              n, to, c_row, queries - i, True, paired is not None)
 
 
 @mover
@@ -114,23 +104,35 @@ def pack_panel(x, start, stride, count, depth, to, to_start, width, paired):
 
 
 @mover
-def pair_down(x, start, stride, count, depth, to, width):
+def pair_down(x, start, stride, count, depth, to, to_start, width):
     """Pairs of rows of x, side by side: to[p, j] = (x_2p[j], x_2p+1[j]), 0 beyond count, and beyond depth to
     the end of a step.
     """
     compact()
-    pair_columns(x, start, stride, count, depth, to, 0, width)
-    fill_step(to, 0, depth, width)
+    pair_columns(x, start, stride, count, depth, to, to_start, width)
+    fill_step(to, to_start, depth, width)
 
 
 @mover
-def pair_across(x, stride, count, depth, to, to_row):
-    """What is summed over rows of x with `multiply_columns`: pairs of rows as there, or turned over."""
+def pair_scores(x, count, width, to):
+    """As `pair_down`, of the first columns of scores, in which the row behind the last is 0 or no number."""
+    compact()
+    flat, stride = x.reshape(-1), x.shape[1]
+    for p in range((count + 1) // 2):
+        for j in range(p * stride, p * stride + width, LANES):
+            round_interleaved(flat, p * stride + j, (p + 1) * stride + j, to, j, LANES)
+    fill_step(to, 0, count, stride)
+
+
+@mover
+def pair_across(x, start, stride, count, depth, to, to_row):
+    """What is summed over rows of x with `sum_over_keys`: pairs of rows as there, or turned over."""
     compact()
     if TILES:
-        pair_rows_of_columns(x, 0, stride, count, depth, to, 0, to_row)
+        pair_rows_of_columns(x, start, stride, count, depth, to, 0, to_row)
     else:
-        pair_columns(x, 0, stride, count, depth, to, 0, to_row)
+        pair_columns(x, start, stride, count, depth, to, 0, to_row)
+        fill_step(to, 0, depth, to_row)
 
 
 @mover
@@ -144,25 +146,25 @@ def turn_over(x, to):
 
 
 @mover
-def pair_rows(x, count):
-    """The first rows of x (., n) as pairs, in the first halves of their places."""
+def pair_rows(x, count, width):
+    """The first rows of x, so wide, as pairs, in the first halves of their places."""
     compact()
-    flat, width = x.reshape(-1), x.shape[1]
+    flat, stride = x.reshape(-1), x.shape[1]
     for i in range(count):
-        pair_row(flat, i * width, width, flat, i * width)
+        pair_row(flat, i * stride, width, flat, i * stride)
 
 
 @mover
 def pack_rows(x, start, stride, count, depth, scale, visible, to):
-    """to[i, d] = scale x_i[d], where x_i is x from start + i stride on; zero beyond count and depth.
+    """to[i, d] = scale x_i[d] for i < count, where x_i is x from start + i stride on; zero beyond depth.
 
     visible: which rows to take, the others are zero; empty for all.
     """
     compact()
     width = to.shape[1]
-    for i in range(len(to)):
+    for i in range(count):
         prefetch_row(x, start + (i + AHEAD) * stride, depth, False)
-        seen = i < count and (visible.size == 0 or visible[i])
+        seen = visible.size == 0 or visible[i]
         if seen:
             scale_row(x, start + i * stride, depth, scale, to, i * width)
         to[i, depth if seen else 0:] = 0

@@ -1,32 +1,43 @@
 """What a thread does of attention, forward and backward: blocks of a head of a sequence.
 See `kernels.attention`.
+
+A block of scores has a row for each key, and its queries side by side. So a query's largest score, and the
+sum of its weights, are found for a vector of queries at once, and no sum goes across a vector. Loops over
+QUERIES, a number known when they are compiled, have no remainders.
 """
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from kernels.amx import start_tiles, stop_tiles
 from kernels.blocks import (
     TILES,
     elements,
-    multiply_columns,
     multiply_panels,
-    multiply_rows,
     pack_panel,
     pack_rows,
     pair_across,
     pair_down,
     pair_rows,
-    read,
+    pair_scores,
+    sum_over_keys,
+    sum_over_queries,
+    tile_rows,
     turn_over,
     unpack_rows,
 )
 from kernels.dropout import halves, kept
 from kernels.elementary import exp_below
 from kernels.jit import helper, mover
-from kernels.rows import fill_vectors, row_max, scale_row
+from kernels.rows import scale_row
 from kernels.share import next_piece
 from kernels.simd import out_of_line
+
+QUERIES = 64                         # in a block
+FEW_QUERIES = 16                     # that a block has when a text is written token by token
+AT_ONCE = 2                          # rows of scores, to load and store what belongs to their columns once
 
 
 @helper
@@ -55,57 +66,66 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
     """
     kept_scale = dropout[1]
     tile, padded, block, most = blocks
-    key_panels, values = scratch[0][thread], scratch[1][thread]                           # of the head
+    key_rows, values = scratch[0][thread], scratch[1][thread]                             # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
-    tops = scratch[5][thread]                                                             # m and Σ p
-    time = norms.size
+    tops, pairs, upright = scratch[5][thread], scratch[6][thread], scratch[7][thread]
+    time, across = norms.size, scores.shape[1]
     keys, heads, depth, q_row, kv_row, _ = layout
     start, key_start, value_start, out_start = starts(head, time, layout)
     width = heads * depth
     visible = mask[head // heads * keys:(head // heads + 1) * keys]
     first = first_visible(visible)
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
-    lowest, scale = norms.dtype.type(-math.inf), norms.dtype.type(1 / math.sqrt(depth))
+    scale = norms.dtype.type(1 / math.sqrt(depth))
     deep = elements(depth, paired)
     if fresh:
-        for j in range(0, keys, tile):
-            pack_panel(kv, key_start + j * kv_row, kv_row, min(tile, keys - j), depth,
-                       key_panels, j * deep, tile, paired)
+        pack_rows(kv, key_start, kv_row, keys, depth, scale, visible, key_rows)
         if paired is not None:
-            pair_down(kv, value_start, kv_row, depth, keys, values.reshape(-1), padded)
+            pair_rows(key_rows, keys, padded)
+            pair_across(kv, value_start, kv_row, depth, keys, values.reshape(-1), values.shape[1])
         else:
             pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     start_tiles(paired is not None)
     for i0 in range(first_query, last_query, most):
         rows = min(most, time - i0)
-        pack_rows(q, start + i0 * q_row, q_row, rows, depth, scale, visible[:0], queries)
-        if paired is not None:
-            pair_rows(queries, rows)
+        for i in range(0, rows, tile):
+            pack_panel(q, start + (i0 + i) * q_row, q_row, min(tile, rows - i), depth, queries, i * deep,
+                       tile, paired)
         sums[:] = 0
         tops[0] = -math.inf
         tops[1] = 0
         reach = i0 + keys - time if causal else keys                   # query i sees the keys to i + reach
         for j0 in range(0, min(keys, rows + reach), block):
-            count = min(block, keys - j0)
             diagonal = reach - j0
-            multiply_panels(queries, 0, padded, key_panels, j0 * deep, deep, scores, block,
-                            rows, count, tile, diagonal, paired)
-            for i in range(rows):
-                n = max(0, min(count, i + 1 + diagonal))
-                if visible.size:
-                    hide(scores[i], n, visible[j0:j0 + count], lowest)
-                weigh(scores, i, n, tops, sums, paired)
-                if kept_scale != one:
-                    drop(scores, i, n, dropout, head * time + i0 + i, j0, paired)
+            count = min(block, keys - j0, rows + diagonal)
+            multiply_panels(key_rows.reshape(-1), j0 * padded, padded, queries, deep, scores, across,
+                            count, rows, tile, diagonal, paired)
+            hide(scores, count, diagonal, visible[j0:j0 + count], -math.inf)
+            if rows <= FEW_QUERIES:
+                weigh(scores, count, FEW_QUERIES, tops)
+            else:
+                weigh(scores, count, QUERIES, tops)
+            if j0 > 0:
+                shrink(sums, rows, tops[2], paired)
+            if kept_scale != one:
+                drop(scores, count, dropout, head * time + i0, j0)
             if paired is not None:
-                pair_rows(scores, rows)
-            multiply_rows(scores, block, values, elements(j0, paired) * padded, sums, 0, padded,
-                          rows, count, tile, diagonal, paired)
+                pair_scores(scores, count, most, pairs)
+                sum_over_keys(pairs, across, values.reshape(-1),
+                              elements(j0, paired) * (1 if TILES else padded), values.shape[1],
+                              sums.reshape(-1), 0, sums.shape[1], padded, count, rows, tile, diagonal, paired)
+            else:
+                sum_over_keys(scores.reshape(-1), across, values.reshape(-1), j0 * padded, padded,
+                              sums.reshape(-1), 0, padded, padded, count, rows, tile, diagonal, paired)
+        if paired is not None and TILES:
+            turn_over(sums, upright)
         for i in range(rows):
             norms[i0 + i] = tops[0, i] + norms.dtype.type(math.log(tops[1, i]))
             to = out_start + (i0 + i) * width
             if first > min(keys - 1, i + reach):
                 out[to:to + depth] = zero
+            elif paired is not None and TILES:
+                scale_row(upright, i * padded, depth, one / tops[1, i], out, to)
             else:
                 scale_row(sums, i * padded, depth, one / tops[1, i], out, to)
     stop_tiles(paired is not None)
@@ -130,26 +150,66 @@ def first_visible(visible):
 
 
 @helper
-def weigh(scores, i, n, tops, sums, paired):
-    """p = exp(s - m) for n keys, 0 for the others; tops carry m and Σ p of query i, earlier sums shrink."""
+def hide(x, count, diagonal, visible, value):
+    """value in the place of what queries do not see of x, and in the rows behind the last key, so that rows
+    can be taken AT_ONCE.
+    """
+    hide_rows(x, max(0, diagonal + 1), count, diagonal, visible, x.dtype.type(value))
+
+
+@mover
+def hide_rows(x, first, count, diagonal, visible, value):
+    out_of_line()
+    for j in range(first, count):
+        for i in range(QUERIES):
+            x[j, i] = value if i < j - diagonal else x[j, i]
+    for j in range(count, (count + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
+        for i in range(QUERIES):
+            x[j, i] = value
+    for j in range(visible.size):
+        if not visible[j]:
+            for i in range(QUERIES):
+                x[j, i] = value
+
+
+@helper
+def weigh(scores, count, queries, tops):
+    """p = exp(s - m) in place; tops carry m and Σ p of the queries, and get exp(m' - m) for the m' before."""
     zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
-    start, end = i * scores.shape[1], read(n, scores.shape[1], paired)
-    fill_vectors(scores, start, n, end, lowest)
-    m = max(tops[0, i], row_max(scores, start, n))
-    base = m if m > -math.inf else zero                   # scores of -inf alone: exp(s - 0) is 0
-    total = zero
-    for j in range(end):
-        e = exp_below(scores[i, j] - base)
-        scores[i, j] = e
-        total += e
-    if m != tops[0, i]:
-        if tops[1, i] != zero:
-            shrink = exp_below(tops[0, i] - base)
-            tops[1, i] *= shrink
-            for d in range(sums.shape[1]):
-                sums[i, d] *= shrink
-        tops[0, i] = m
-    tops[1, i] += total
+    top, total, shrinks, base = tops[0], tops[1], tops[2], tops[3]
+    for i in range(queries):
+        base[i] = top[i]
+    for j in range(0, count, AT_ONCE):
+        a, b = scores[j], scores[j + 1]
+        for i in range(queries):
+            x = a[i] if a[i] > b[i] else b[i]
+            base[i] = x if x > base[i] else base[i]
+    for i in range(queries):
+        before = top[i]
+        top[i] = base[i]
+        base[i] = base[i] if base[i] > lowest else zero    # scores of -inf alone: exp(s - 0) is 0
+        shrinks[i] = exp_below(before - base[i])
+        total[i] *= shrinks[i]
+    for j in range(0, count, AT_ONCE):
+        a, b = scores[j], scores[j + 1]
+        for i in range(queries):
+            x, y = exp_below(a[i] - base[i]), exp_below(b[i] - base[i])
+            a[i], b[i] = x, y
+            total[i] += x + y
+
+
+@mover
+def shrink(sums, rows, factors, paired):
+    """Earlier sums, whose m was smaller, times exp(m' - m)."""
+    out_of_line()
+    if paired is not None and TILES:
+        for d in range(len(sums)):
+            for i in range(QUERIES):
+                sums[d, i] *= factors[i]
+    else:
+        for i in range(rows):
+            if factors[i] != 1:
+                scale_row(sums, i * sums.shape[1], sums.shape[1], factors[i], sums, i * sums.shape[1])
 
 
 @helper
@@ -175,14 +235,14 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
     kept_scale = dropout[1]
     tile, padded, block, most = blocks
     dqueries = scratch[0][thread if parts == 1 else head * parts + part]
-    queries, douts, deltas = scratch[1][thread], scratch[2][thread], scratch[3][thread]       # of the head
-    key_panels, value_panels, key_block = scratch[4][thread], scratch[5][thread], scratch[6][thread]
-    dkeys, dvalues = scratch[7][thread], scratch[8][thread]                                   # of a key block
-    weights, dscores = scratch[9][thread], scratch[10][thread]      # p and ds of a query block with it
-    query_pairs, dout_pairs = scratch[11][thread], scratch[12][thread]        # along queries, of the head
-    weight_pairs, dscore_pairs = scratch[13][thread], scratch[14][thread]     # and of the blocks
-    upright = scratch[15][thread]                                   # sums that a tile unit has turned over
-    block_rows, flat_dqueries = weights.shape[1], dqueries.reshape(-1)
+    queries, douts = scratch[1][thread], scratch[2][thread]        # of the head: what is summed over queries,
+    query_panels, dout_panels = scratch[3][thread], scratch[4][thread]                 # and what makes scores
+    of_queries = scratch[5][thread]                                                     # n and δ
+    key_rows, value_rows = scratch[6][thread], scratch[7][thread]                       # of a key block
+    dkeys, dvalues = scratch[8][thread], scratch[9][thread]
+    weights, dscores = scratch[10][thread], scratch[11][thread]     # p and ds of a query block with it
+    key_pairs, dscore_pairs, turned = scratch[12][thread], scratch[13][thread], scratch[14][thread]
+    across, flat_dqueries = weights.shape[1], dqueries.reshape(-1)
     time = norms.size
     keys, heads, depth, q_row, kv_row, _ = layout
     start, key_start, value_start, out_start = starts(head, time, layout)
@@ -191,77 +251,85 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
     first_key, last_key = keys_of(part, parts, keys, block)
+    deep = elements(depth, paired)
     for at in range(first_seeing(first_key, time, keys, causal, most) * padded, flat_dqueries.size):
         flat_dqueries[at] = zero
+    if paired is not None and TILES:
+        turned[:] = 0
     if fresh:
-        pack_rows(q, start, q_row, time, depth, scale, visible[:0], queries)
-        pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
-        for i in range(time):
-            deltas[i] = inner(douts[i], out[out_start + i * width:out_start + i * width + depth])
+        for i in range(0, time, tile):
+            count = min(tile, time - i)
+            pack_panel(q, start + i * q_row, q_row, count, depth, query_panels, i * deep, tile, paired)
+            pack_panel(dout, out_start + i * width, width, count, depth, dout_panels, i * deep, tile, paired)
         if paired is not None:
-            for x, pairs in ((queries, query_pairs), (douts, dout_pairs)):
-                pair_across(x.reshape(-1), padded, padded, time, pairs.reshape(-1), pairs.shape[1])
-                pair_rows(x, time)
-    deep = elements(depth, paired)
+            for i0 in range(0, time, most):
+                rows, to = min(most, time - i0), elements(i0, paired) * padded
+                pair_down(q, start + i0 * q_row, q_row, depth, rows, queries.reshape(-1), to, padded)
+                pair_down(dout, out_start + i0 * width, width, depth, rows, douts.reshape(-1), to, padded)
+        else:
+            pack_rows(q, start, q_row, time, depth, one, visible[:0], queries)
+            pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
+        of_queries[:] = 0                                           # of those beyond the last, too
+        for i in range(time):
+            at = out_start + i * width
+            of_queries[0, i] = norms[i] if norms[i] != -math.inf else zero       # that one sees no key
+            of_queries[1, i] = inner(dout[at:at + depth], out[at:at + depth])
     start_tiles(paired is not None)
     for j0 in range(first_key, last_key, block):
         count = min(block, keys - j0)
         key_at, value_at = key_start + j0 * kv_row, value_start + j0 * kv_row
-        for j in range(0, count, tile):
-            for panels, begin in ((key_panels, key_at), (value_panels, value_at)):
-                pack_panel(kv, begin + j * kv_row, kv_row, min(tile, count - j), depth,
-                           panels, j * deep, tile, paired)
+        seen = visible[j0:j0 + count]
+        pack_rows(kv, key_at, kv_row, count, depth, scale, seen, key_rows)
+        pack_rows(kv, value_at, kv_row, count, depth, one, seen, value_rows)
         if paired is not None:
-            pair_down(kv, key_at, kv_row, depth, count, key_block.reshape(-1), padded)
-        else:
-            pack_rows(kv, key_at, kv_row, count, depth, one, visible[j0:j0 + count], key_block)
+            pair_across(key_rows.reshape(-1), 0, padded, padded, count, key_pairs.reshape(-1),
+                        key_pairs.shape[1])
+            pair_rows(key_rows, count, padded)
+            pair_rows(value_rows, count, padded)
         dkeys[:] = 0
         dvalues[:] = 0
         for i0 in range(first_seeing(j0, time, keys, causal, most), time, most):
             rows = min(most, time - i0)
             diagonal = (i0 + keys - time if causal else keys) - j0
-            at = i0 * padded
-            multiply_panels(queries, at, padded, key_panels, 0, deep, weights, block_rows,
-                            rows, count, tile, diagonal, paired)
-            multiply_panels(douts, at, padded, value_panels, 0, deep, dscores, block_rows,
-                            rows, count, tile, diagonal, paired)
-            for i in range(rows):
-                n = max(0, min(count, i + 1 + diagonal))
-                if kept_scale != one:
-                    weigh_backward_dropped(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], dropout,
-                                           head * time + i0 + i, j0, paired)
-                else:
-                    weigh_backward(weights, dscores, i, n, norms[i0 + i], deltas[i0 + i], paired)
-                if visible.size:
-                    hide(weights[i], n, visible[j0:j0 + count], zero)
-                    hide(dscores[i], n, visible[j0:j0 + count], zero)
-            if paired is not None:
-                for x, pairs in ((weights, weight_pairs), (dscores, dscore_pairs)):
-                    pair_down(x.reshape(-1), 0, block_rows, block_rows, rows, pairs, block_rows)
-                pair_rows(dscores, rows)
-            multiply_rows(dscores, block_rows, key_block, 0, dqueries, at, padded,
-                          rows, count, tile, diagonal, paired)
-            if paired is not None:
-                multiply_columns(weight_pairs, block_rows, dout_pairs.reshape(-1), elements(i0, paired),
-                                 dout_pairs.shape[1], dvalues, dvalues.shape[1], padded,
-                                 rows, count, tile, diagonal, paired)
-                multiply_columns(dscore_pairs, block_rows, query_pairs.reshape(-1), elements(i0, paired),
-                                 query_pairs.shape[1], dkeys, dkeys.shape[1], padded,
-                                 rows, count, tile, diagonal, paired)
+            n = rows + diagonal + tile_rows(paired) - 1           # whole register tiles, as they add to sums
+            n = min(count, n // tile_rows(paired) * tile_rows(paired))
+            multiply_panels(key_rows.reshape(-1), 0, padded, query_panels[i0 * deep:], deep, weights, across,
+                            n, rows, tile, diagonal, paired)
+            multiply_panels(value_rows.reshape(-1), 0, padded, dout_panels[i0 * deep:], deep, dscores, across,
+                            n, rows, tile, diagonal, paired)
+            norm, delta = of_queries[0, i0:i0 + QUERIES], of_queries[1, i0:i0 + QUERIES]
+            hide(weights, n, diagonal, seen[:n], -math.inf)
+            hide(dscores, n, diagonal, seen[:n], 0.0)
+            if kept_scale != one:
+                weigh_backward_dropped(weights, dscores, n, norm, delta, dropout, head * time + i0, j0)
             else:
-                multiply_columns(weights.reshape(-1), block_rows, douts.reshape(-1), i0, padded,
-                                 dvalues, padded, padded, rows, count, tile, diagonal, paired)
-                multiply_columns(dscores.reshape(-1), block_rows, queries.reshape(-1), i0, padded,
-                                 dkeys, padded, padded, rows, count, tile, diagonal, paired)
-        for x, at in ((dkeys, key_at), (dvalues, value_at)):
+                weigh_backward(weights, dscores, n, norm, delta)
+            if paired is not None:
+                pair_scores(dscores, n, most, dscore_pairs)
+                pair_rows(weights, n, most)
+                pair_rows(dscores, n, most)
             if paired is not None and TILES:
-                turn_over(x, upright)
-                unpack_rows(upright, count, depth, one, dkv, at, kv_row)
+                sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, key_pairs.shape[1],
+                              turned.reshape(-1), i0, turned.shape[1], padded, n, rows, tile, diagonal,
+                              paired)
+            elif paired is not None:
+                sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, padded, flat_dqueries,
+                              i0 * padded, padded, padded, n, rows, tile, diagonal, paired)
             else:
-                unpack_rows(x, count, depth, one, dkv, at, kv_row)
+                sum_over_keys(dscores.reshape(-1), across, key_rows.reshape(-1), 0, padded, flat_dqueries,
+                              i0 * padded, padded, padded, n, rows, tile, diagonal, paired)
+            at = elements(i0, paired) * padded
+            sum_over_queries(weights.reshape(-1), across, douts.reshape(-1), at, dvalues.reshape(-1), padded,
+                             n, rows, tile, diagonal, paired)
+            sum_over_queries(dscores.reshape(-1), across, queries.reshape(-1), at, dkeys.reshape(-1), padded,
+                             n, rows, tile, diagonal, paired)
+        unpack_rows(dkeys, count, depth, scale, dkv, key_at, kv_row)
+        unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)
     stop_tiles(paired is not None)
+    if paired is not None and TILES:
+        turn_over(turned, dqueries)
     if parts == 1:
-        unpack_rows(dqueries, time, depth, scale, dq, start, q_row)
+        unpack_rows(dqueries, time, depth, one, dq, start, q_row)
 
 
 @helper
@@ -293,41 +361,56 @@ def add_parts(dqueries, dq, task, time, parts, layout, causal, blocks):
             for at in range(total.size):
                 total[at] += more[at]
     start, _, _, _ = starts(head, time, layout)
-    unpack_rows(dqueries[head * parts, i0:], rows, depth, dq.dtype.type(1 / math.sqrt(depth)), dq,
+    unpack_rows(dqueries[head * parts, i0:], rows, depth, dq.dtype.type(1), dq,
                 start + i0 * q_row, q_row)
 
 
 @helper
-def weigh_backward(weights, dscores, i, n, norm, delta, paired):
-    """p = exp(s - n), ds = p (dp - δ), in place of s and dp of query i, for n keys; 0 for the others."""
-    base, end = end_backward(weights, dscores, i, n, norm, paired)
-    for j in range(end):
-        p = exp_below(weights[i, j] - base)
-        weights[i, j] = p
-        dscores[i, j] = p * (dscores[i, j] - delta)
+def weigh_backward(weights, dscores, count, norm, delta):
+    """p = exp(s - n), ds = p (dp - δ), in place of s and dp."""
+    for j in range(0, count, AT_ONCE):
+        s0, s1, d0, d1 = weights[j], weights[j + 1], dscores[j], dscores[j + 1]
+        for i in range(QUERIES):
+            p0, p1 = exp_below(s0[i] - norm[i]), exp_below(s1[i] - norm[i])
+            s0[i], s1[i] = p0, p1
+            d0[i], d1[i] = p0 * (d0[i] - delta[i]), p1 * (d1[i] - delta[i])
 
 
 @helper
-def weigh_backward_dropped(weights, dscores, i, n, norm, delta, dropout, mask_row, first_column, paired):
+def weigh_backward_dropped(weights, dscores, count, norm, delta, dropout, first_row, first_column):
     """As that, with dropout of dp, and of p for the sums of dv."""
-    limit, kept_scale, start = dropout
-    low, high = halves(start, mask_row)
-    base, end = end_backward(weights, dscores, i, n, norm, paired)
+    limit, kept_scale, _ = dropout
+    low, high = keys_of_rows(dropout, first_row)
     zero = weights.dtype.type(0)
-    for j in range(end):
-        p = exp_below(weights[i, j] - base)
-        stays = kept(low, high, first_column + j, limit)
-        weights[i, j] = p * kept_scale if stays else zero
-        dscores[i, j] = p * ((dscores[i, j] * kept_scale if stays else zero) - delta)
+    for j in range(count):
+        scores, ds = weights[j], dscores[j]
+        for i in range(QUERIES):
+            p = exp_below(scores[i] - norm[i])
+            factor = kept_scale if kept(low[i], high[i], first_column + j, limit) else zero
+            scores[i] = p * factor
+            ds[i] = p * (ds[i] * factor - delta[i])
+
+
+@mover
+def drop(weights, count, dropout, first_row, first_column):
+    """Dropout of the weights of so many keys."""
+    out_of_line()
+    limit, kept_scale, _ = dropout
+    low, high = keys_of_rows(dropout, first_row)
+    zero = weights.dtype.type(0)
+    for j in range(count):
+        row = weights[j]
+        for i in range(QUERIES):
+            row[i] = row[i] * kept_scale if kept(low[i], high[i], first_column + j, limit) else zero
 
 
 @helper
-def end_backward(weights, dscores, i, n, norm, paired):
-    """What makes weights and dscores 0 from n on; the norm, or 0 for a query that sees no key; the end."""
-    start, end = i * weights.shape[1], read(n, weights.shape[1], paired)
-    fill_vectors(weights, start, n, end, weights.dtype.type(-math.inf))
-    fill_vectors(dscores, start, n, end, weights.dtype.type(0))
-    return weights.dtype.type(0) if norm == -math.inf else norm, end        # NaN goes on
+def keys_of_rows(dropout, first_row):
+    """The halves of the keys of QUERIES rows of dropout's mask, from the first on."""
+    low, high = np.empty(QUERIES, np.uint32), np.empty(QUERIES, np.uint32)
+    for i in range(QUERIES):
+        low[i], high[i] = halves(dropout[2], first_row + i)
+    return low, high
 
 
 @helper
@@ -336,23 +419,3 @@ def inner(x, y):
     for d in range(y.size):
         total += x[d] * y[d]
     return total
-
-
-@mover
-def hide(row, n, visible, value):
-    """value in the place of what is not visible, in the first n of a row."""
-    out_of_line()
-    for j in range(n):
-        if not visible[j]:
-            row[j] = value
-
-
-@mover
-def drop(weights, i, n, dropout, mask_row, first_column, paired):
-    """Dropout of the first n of row i of weights, behind which are zeros."""
-    out_of_line()
-    limit, kept_scale, start = dropout
-    low, high = halves(start, mask_row)
-    zero = weights.dtype.type(0)
-    for j in range(read(n, weights.shape[1], paired)):
-        weights[i, j] = weights[i, j] * kept_scale if kept(low, high, first_column + j, limit) else zero
