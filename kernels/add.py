@@ -10,6 +10,7 @@ from numba import prange
 from kernels import memory
 from kernels.check import check
 from kernels.jit import flat_tasks, helper, kernel, launch
+from kernels.simd import address
 
 
 def add(x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -41,8 +42,20 @@ def add_part(x, y, out, first, last):
     while first < last:
         j = first % y.size
         end = min(last, first + y.size - j)
-        add_row(x[first:end], y[j:j + end - first], out[first:end])
+        if address(x, 0) == address(out, 0):
+            add_to_row(out[first:end], y[j:j + end - first])
+        elif address(y, 0) == address(out, 0):
+            add_to_row(out[first:end], x[first:end])
+        else:
+            add_row(x[first:end], y[j:j + end - first], out[first:end])
         first = end
+
+
+@helper
+def add_to_row(out, y):
+    """As `add_row` in place, of which LLVM would make a loop over single elements."""
+    for i in range(out.size):
+        out[i] += y[i]
 
 
 @helper
@@ -57,4 +70,4 @@ def add_up(parts, total):
     for j in range(total.size):
         total[j] = parts[0, j]
     for part in range(1, len(parts)):
-        add_row(total, parts[part], total)
+        add_to_row(total, parts[part])

@@ -95,13 +95,14 @@ def layernorm_rows_backward(dy, x, gain, mean, rstd, dx, first, last, sums):
 
 @helper
 def layernorm_row_backward(dy, x, gain, mean, rstd, dx, dgain, dbias):
-    real, width = x.dtype.type, x.dtype.type(x.size)
+    real = x.dtype.type
+    inverse = real(1) / real(x.size)      # LLVM would divide by x.size in the loop
     sum_h, sum_hx = real(0), real(0)
     for j in range(x.size):
         h = gain[j] * dy[j]
         sum_h += h
         sum_hx += h * (x[j] - mean)
-    mean_h, mean_hx = sum_h / width, sum_hx * rstd / width
+    mean_h, mean_hx = sum_h * inverse, sum_hx * rstd * inverse
     for j in range(x.size):
         normal = (x[j] - mean) * rstd
         dx[j] = rstd * (gain[j] * dy[j] - mean_h - normal * mean_hx)
