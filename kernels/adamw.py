@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numba
 import numpy as np
@@ -29,7 +29,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
     themselves stay as they are).
     """
     groups = {"parameters": parameters, "gradients": gradients, "firsts": firsts, "seconds": seconds}
-    addresses, ends = _joined("adamw", groups)
+    addresses, ends = _joined("adamw", groups, groups.keys() - {"gradients"})
     if len(decays) != len(parameters):
         raise ValueError(f"adamw: decays holds {len(decays)} numbers; there are {len(parameters)} parameters")
     if step < 1:
@@ -46,7 +46,7 @@ def adamw(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], fir
 
 def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     """Σ x² over all arrays, which are of one dtype, in float64: for the norm of a gradient."""
-    addresses, ends = _joined("sum_of_squares", {"arrays": arrays})
+    addresses, ends = _joined("sum_of_squares", {"arrays": arrays}, ())
     if not arrays:
         return 0.0
     partial = np.empty(flat_tasks(int(ends[-1])))
@@ -54,11 +54,11 @@ def sum_of_squares(arrays: Sequence[np.ndarray]) -> float:
     return float(partial.sum())
 
 
-def check_lists(name: str, groups: dict[str, Sequence[np.ndarray]]) -> None:
-    """Raise unless each list is of the parameters' shapes; all but the gradients are to be written into."""
+def check_lists(name: str, groups: dict[str, Sequence[np.ndarray]], written: Collection[str]) -> None:
+    """Raise unless each list is of the first one's shapes; written: those that are to be written into."""
     for list_name, arrays in groups.items():
         _check_list(name, list_name, arrays, next(iter(groups.values())))
-        if list_name not in ("gradients", "arrays") and not all([x.flags.writeable for x in arrays]):
+        if list_name in written and not all([x.flags.writeable for x in arrays]):
             raise ValueError(f"{name}: {list_name} holds a read-only array; it is updated in place, "
                              "so pass a copy")
 
@@ -77,20 +77,24 @@ _known: dict[tuple, tuple] = {}          # what `_joined` found, and for which a
 MOST_KNOWN = 16
 
 
-def _joined(name: str, groups: dict[str, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(name: str, groups: dict[str, Sequence[np.ndarray]],
+            written: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
     """The addresses of the arrays (n, groups), and where each array of a group ends if they are joined.
 
-    All are checked; but of a step with the very arrays of one before that was done then. To look at a hundred
-    arrays takes as long as the kernel of a small model.
+    Arrays of an earlier call are not checked again, but for being writeable: to look at a hundred arrays
+    takes as long as the kernel of a small model.
     """
-    key = (name, *[tuple(map(id, group)) if type(group) in (list, tuple) else None
-                   for group in groups.values()])
-    if key in _known:
-        addresses, ends, known = _known[key]
+    key: tuple = ()
+    if all([isinstance(group, (list, tuple)) for group in groups.values()]):
+        key = (name, *[tuple(map(id, group)) for group in groups.values()])
+    found = _known.get(key)                                  # (another thread may clear it at any time)
+    if found is not None:
+        addresses, ends, known = found
         arrays = itertools.chain(*groups.values())
-        if all([reference() is x for reference, x in zip(known, arrays, strict=True)]):
+        if (all([reference() is x for reference, x in zip(known, arrays, strict=True)])
+                and all([x.flags.writeable for list_name in written for x in groups[list_name]])):
             return addresses, ends
-    check_lists(name, groups)
+    check_lists(name, groups, written)
     # (Not x.__array_interface__: its keys, interned anew each time, make Python's table of strings grow.)
     addresses = np.array([[x.ctypes.data for x in group] for group in groups.values()], np.int64).T.copy()
     ends = np.cumsum([x.size for x in next(iter(groups.values()))])

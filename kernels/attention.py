@@ -48,9 +48,9 @@ from kernels.share import new_counters, num_threads
 from kernels.simd import LANES, LINE, ROUNDS
 from kernels.tile import columns
 
-KEYS = 512 if TARGET.vector_bytes == 64 else 320         # the most in a block, for the second-level cache
-PAD = 16                                     # so far are rows of scores apart, that they share no cache sets
-BLOCK = 64                                   # of a multiple of them
+KEYS = 512 if TARGET.vector_bytes == 64 else 320         # the most in a block, for the second-level cache,
+APART = 16                                   # rows of scores are so much further apart: they share no sets
+MULTIPLE = 64                                # which has a multiple of so many
 FEW = 16                                     # heads: threads share each of fewer, by blocks of queries, or by
 #                                              parts of the keys: by shape alone, as dq is the sum of theirs
 MANY_KEYS = 128 if TILES else 192            # from here on products in bfloat16 pay
@@ -162,7 +162,7 @@ def _forward(sizes: _Sizes, q: np.ndarray, kv: np.ndarray, p: float,
     if out.size and keys:
         paired = _paired(keys, q.dtype, sizes.mask)
         blocks, places = _plan_forward(keys, depth, q.dtype, paired)
-        of_each = -(-time // blocks[3]) if batch * heads < FEW else 1
+        of_each = -(-time // QUERIES) if batch * heads < FEW else 1
         scratch = _scratch(places, q.dtype)
         launch(_attention_forward, batch * heads * of_each, q.reshape(-1), kv.reshape(-1), sizes.mask,
                out.reshape(-1), norms.reshape(-1, time), sizes.layout, sizes.causal, dropout, blocks, of_each,
@@ -201,23 +201,23 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(depth: int, keys: int, dtype: np.dtype) -> tuple[int, int, int, int]:
-    """The width of a register tile; of a head, in whole tiles; how many keys and queries are in a block."""
+def _blocks(depth: int, keys: int, dtype: np.dtype) -> tuple[int, int, int]:
+    """The width of a register tile; of a head, in whole tiles; how many keys are in a block."""
     tile = columns(dtype)
-    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), BLOCK), QUERIES
+    return tile, _round_up(depth, tile), _round_up(min(keys, KEYS), MULTIPLE)
 
 
 @functools.lru_cache(256)
 def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -> tuple[tuple, tuple]:
     """The blocks, and the places of the scratch, in the order in which `head_forward` names it."""
-    _, padded, block, queries = blocks = _blocks(depth, keys, dtype)
-    room, across = keys + TILE_ROWS, queries + PAD
+    _, padded, block = blocks = _blocks(depth, keys, dtype)
+    room, across = keys + TILE_ROWS, QUERIES + APART     # a register tile goes beyond the last key
     values = (room, padded) if not paired else _turned(keys, padded) if TILES else (_pairs(keys), padded)
-    sums, upright = (queries, padded), (0, 0)
+    sums, upright = (QUERIES, padded), (0, 0)
     if TILES and paired:
-        sums, upright = (padded, queries), sums
+        sums, upright = (padded, QUERIES), sums
     return blocks, _places(dtype, *_own(
-        (room, padded), values, (queries * padded,), (block + TILE_ROWS, across), sums, (4, queries),
+        (room, padded), values, (QUERIES * padded,), (block + TILE_ROWS, across), sums, (4, QUERIES),
         (_pairs(block) * across if paired else 0,), upright))
 
 
@@ -225,8 +225,8 @@ def _plan_forward(keys: int, depth: int, dtype: np.dtype, paired: bool | None) -
 def _plan_backward(time: int, keys: int, depth: int, dtype: np.dtype,
                    paired: bool | None, sums_of_dq: int) -> tuple[tuple, tuple]:
     """As `_plan_forward`, for `head_backward`."""
-    _, padded, block, queries = blocks = _blocks(depth, keys, dtype)
-    rows, across = _round_up(time, queries), queries + PAD
+    _, padded, block = blocks = _blocks(depth, keys, dtype)
+    rows, across = _round_up(time, QUERIES), QUERIES + APART
     of_block, weights = (block + TILE_ROWS, padded), (block + TILE_ROWS, across)
     summed = (_pairs(rows) if paired else rows, padded)
     key_pairs = _turned(block, padded) if TILES and paired else (_pairs(block) if paired else 0, padded)
@@ -290,6 +290,6 @@ def _attention_backward(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, 
         backward_pieces(dout, q, kv, mask, out, norms, dq, dkv, layout, causal, dropout, blocks, parts,
                         scratch, np.int64(index), threads, counters, paired)
     if parts > 1:
-        time, most = norms.shape[1], blocks[3]
-        for index in prange(len(norms) * ((time + most - 1) // most)):
+        time = norms.shape[1]
+        for index in prange(len(norms) * ((time + QUERIES - 1) // QUERIES)):
             add_parts(scratch[0], dq, np.int64(index), time, parts, layout, causal, blocks)

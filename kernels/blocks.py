@@ -2,7 +2,8 @@
 
 A block has keys j < count, its rows, and queries i, its columns, of which query i sees the keys with
 j <= i + diagonal; register tiles that it sees nothing of are left out. paired: unless None, what is
-multiplied is pairs of bfloat16, from `pair_rows`, `pack_panel`, `pair_down` and `pair_across`; C is float32.
+multiplied is pairs of bfloat16, from the functions here whose names begin with pair, or `pack_panel`; C is
+float32.
 
 The tile unit takes A by rows alone, and pairs sixteen at a time. So the sum over keys, in which blocks of
 weights are turned over, is made the other way round there: cᵀ = bᵀ A, which takes the weights as they are.
@@ -115,7 +116,7 @@ def pair_down(x, start, stride, count, depth, to, to_start, width):
 
 @mover
 def pair_scores(x, count, width, to):
-    """As `pair_down`, of the first columns of scores, in which the row behind the last is 0 or no number."""
+    """As `pair_down`, of the first columns of scores; for an odd count the row behind it holds zeros."""
     compact()
     flat, stride = x.reshape(-1), x.shape[1]
     for p in range((count + 1) // 2):

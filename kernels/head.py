@@ -35,7 +35,7 @@ from kernels.rows import scale_row
 from kernels.share import next_piece
 from kernels.simd import out_of_line
 
-QUERIES = 64                         # in a block
+QUERIES = 64                         # in a block: whole register tiles and one of SHORT, exactly
 FEW_QUERIES = 16                     # that a block has when a text is written token by token
 AT_ONCE = 2                          # rows of scores, to load and store what belongs to their columns once
 
@@ -44,12 +44,12 @@ AT_ONCE = 2                          # rows of scores, to load and store what be
 def forward_pieces(q, kv, mask, out, norms, layout, causal, dropout, blocks, of_each, scratch, thread,
                    threads, counters, paired):
     """The blocks of queries that one thread gets, of_each of a head, or whole heads where that is 1."""
-    units, most, packed = len(norms) * of_each, blocks[3], -1
+    units, packed = len(norms) * of_each, -1
     first, end, whose = next_piece(counters, thread, threads, units, units, 1)
     while first < end:
         head = first // of_each
         start, stop = first - head * of_each, min(of_each, end - head * of_each)
-        i0, i1 = (start * most, stop * most) if of_each > 1 else (0, norms.shape[1])
+        i0, i1 = (start * QUERIES, stop * QUERIES) if of_each > 1 else (0, norms.shape[1])
         head_forward(q, kv, mask, out, norms[head], head, head != packed, i0, min(i1, norms.shape[1]), layout,
                      causal, dropout, blocks, scratch, thread, paired)
         packed = head
@@ -65,7 +65,7 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
     paired: as `_paired` has it.
     """
     kept_scale = dropout[1]
-    tile, padded, block, most = blocks
+    tile, padded, block = blocks
     key_rows, values = scratch[0][thread], scratch[1][thread]                             # of the head
     queries, scores, sums = scratch[2][thread], scratch[3][thread], scratch[4][thread]    # of a query block
     tops, pairs, upright = scratch[5][thread], scratch[6][thread], scratch[7][thread]
@@ -86,8 +86,8 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
         else:
             pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     start_tiles(paired is not None)
-    for i0 in range(first_query, last_query, most):
-        rows = min(most, time - i0)
+    for i0 in range(first_query, last_query, QUERIES):
+        rows = min(QUERIES, time - i0)
         for i in range(0, rows, tile):
             pack_panel(q, start + (i0 + i) * q_row, q_row, min(tile, rows - i), depth, queries, i * deep,
                        tile, paired)
@@ -110,7 +110,7 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
             if kept_scale != one:
                 drop(scores, count, dropout, head * time + i0, j0)
             if paired is not None:
-                pair_scores(scores, count, most, pairs)
+                pair_scores(scores, count, QUERIES, pairs)
                 sum_over_keys(pairs, across, values.reshape(-1),
                               elements(j0, paired) * (1 if TILES else padded), values.shape[1],
                               sums.reshape(-1), 0, sums.shape[1], padded, count, rows, tile, diagonal, paired)
@@ -149,18 +149,14 @@ def first_visible(visible):
     return first
 
 
-@helper
+@mover
 def hide(x, count, diagonal, visible, value):
     """value in the place of what queries do not see of x, and in the rows behind the last key, so that rows
     can be taken AT_ONCE.
     """
-    hide_rows(x, max(0, diagonal + 1), count, diagonal, visible, x.dtype.type(value))
-
-
-@mover
-def hide_rows(x, first, count, diagonal, visible, value):
     out_of_line()
-    for j in range(first, count):
+    value = x.dtype.type(value)
+    for j in range(max(0, diagonal + 1), count):
         for i in range(QUERIES):
             x[j, i] = value if i < j - diagonal else x[j, i]
     for j in range(count, (count + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
@@ -233,7 +229,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
                   blocks, scratch, thread, paired):
     """One part of the keys of one head; as `head_forward`. Of several parts each has its own sum of dq."""
     kept_scale = dropout[1]
-    tile, padded, block, most = blocks
+    tile, padded, block = blocks
     dqueries = scratch[0][thread if parts == 1 else head * parts + part]
     queries, douts = scratch[1][thread], scratch[2][thread]        # of the head: what is summed over queries,
     query_panels, dout_panels = scratch[3][thread], scratch[4][thread]                 # and what makes scores
@@ -252,18 +248,19 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
     scale = norms.dtype.type(1 / math.sqrt(depth))
     first_key, last_key = keys_of(part, parts, keys, block)
     deep = elements(depth, paired)
-    for at in range(first_seeing(first_key, time, keys, causal, most) * padded, flat_dqueries.size):
-        flat_dqueries[at] = zero
     if paired is not None and TILES:
         turned[:] = 0
+    else:
+        for at in range(first_seeing(first_key, time, keys, causal) * padded, flat_dqueries.size):
+            flat_dqueries[at] = zero
     if fresh:
         for i in range(0, time, tile):
             count = min(tile, time - i)
             pack_panel(q, start + i * q_row, q_row, count, depth, query_panels, i * deep, tile, paired)
             pack_panel(dout, out_start + i * width, width, count, depth, dout_panels, i * deep, tile, paired)
         if paired is not None:
-            for i0 in range(0, time, most):
-                rows, to = min(most, time - i0), elements(i0, paired) * padded
+            for i0 in range(0, time, QUERIES):
+                rows, to = min(QUERIES, time - i0), elements(i0, paired) * padded
                 pair_down(q, start + i0 * q_row, q_row, depth, rows, queries.reshape(-1), to, padded)
                 pair_down(dout, out_start + i0 * width, width, depth, rows, douts.reshape(-1), to, padded)
         else:
@@ -288,8 +285,8 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             pair_rows(value_rows, count, padded)
         dkeys[:] = 0
         dvalues[:] = 0
-        for i0 in range(first_seeing(j0, time, keys, causal, most), time, most):
-            rows = min(most, time - i0)
+        for i0 in range(first_seeing(j0, time, keys, causal), time, QUERIES):
+            rows = min(QUERIES, time - i0)
             diagonal = (i0 + keys - time if causal else keys) - j0
             n = rows + diagonal + tile_rows(paired) - 1           # whole register tiles, as they add to sums
             n = min(count, n // tile_rows(paired) * tile_rows(paired))
@@ -305,9 +302,9 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             else:
                 weigh_backward(weights, dscores, n, norm, delta)
             if paired is not None:
-                pair_scores(dscores, n, most, dscore_pairs)
-                pair_rows(weights, n, most)
-                pair_rows(dscores, n, most)
+                pair_scores(dscores, n, QUERIES, dscore_pairs)
+                pair_rows(weights, n, QUERIES)
+                pair_rows(dscores, n, QUERIES)
             if paired is not None and TILES:
                 sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, key_pairs.shape[1],
                               turned.reshape(-1), i0, turned.shape[1], padded, n, rows, tile, diagonal,
@@ -340,23 +337,23 @@ def keys_of(part, parts, keys, block):
 
 
 @helper
-def first_seeing(key, time, keys, causal, most):
+def first_seeing(key, time, keys, causal):
     """Where the first block begins of which a query sees a key."""
-    return max(0, key - (keys - time)) // most * most if causal else 0
+    return max(0, key - (keys - time)) // QUERIES * QUERIES if causal else 0
 
 
 @helper
 def add_parts(dqueries, dq, task, time, parts, layout, causal, blocks):
     """dq of a block of queries of a head, from the sums that parts of the keys gave."""
-    _, _, block, most = blocks
+    _, _, block = blocks
     keys, _, depth, q_row, _, _ = layout
-    of_each = (time + most - 1) // most
-    head, i0 = task // of_each, task % of_each * most
-    rows = min(most, time - i0)
+    of_each = (time + QUERIES - 1) // QUERIES
+    head, i0 = task // of_each, task % of_each * QUERIES
+    rows = min(QUERIES, time - i0)
     total = dqueries[head * parts, i0:i0 + rows].reshape(-1)
     for part in range(1, parts):
         first_key, _ = keys_of(part, parts, keys, block)
-        if first_seeing(first_key, time, keys, causal, most) <= i0:
+        if first_seeing(first_key, time, keys, causal) <= i0:
             more = dqueries[head * parts + part, i0:i0 + rows].reshape(-1)
             for at in range(total.size):
                 total[at] += more[at]
@@ -380,7 +377,7 @@ def weigh_backward(weights, dscores, count, norm, delta):
 def weigh_backward_dropped(weights, dscores, count, norm, delta, dropout, first_row, first_column):
     """As that, with dropout of dp, and of p for the sums of dv."""
     limit, kept_scale, _ = dropout
-    low, high = keys_of_rows(dropout, first_row)
+    low, high = halves_of_rows(dropout, first_row)
     zero = weights.dtype.type(0)
     for j in range(count):
         scores, ds = weights[j], dscores[j]
@@ -396,7 +393,7 @@ def drop(weights, count, dropout, first_row, first_column):
     """Dropout of the weights of so many keys."""
     out_of_line()
     limit, kept_scale, _ = dropout
-    low, high = keys_of_rows(dropout, first_row)
+    low, high = halves_of_rows(dropout, first_row)
     zero = weights.dtype.type(0)
     for j in range(count):
         row = weights[j]
@@ -405,7 +402,7 @@ def drop(weights, count, dropout, first_row, first_column):
 
 
 @helper
-def keys_of_rows(dropout, first_row):
+def halves_of_rows(dropout, first_row):
     """The halves of the keys of QUERIES rows of dropout's mask, from the first on."""
     low, high = np.empty(QUERIES, np.uint32), np.empty(QUERIES, np.uint32)
     for i in range(QUERIES):

@@ -2,11 +2,10 @@
 
     y = x Wᵀ          dx = dy W          dW = dyᵀ x
 
-Of two operands the smaller is copied, into panels as wide as the register tile, or rows as tall, so that the
-tile reads it in order; the larger is read where it is, but for last partial tiles, and where a copy pays: see
-`kernels.plan`, which cuts C into pieces. For products in bfloat16 both are copied, and rounded on the way.
-Every sum over K runs in the same order however C is cut up, so the bits do not depend on the number of
-threads.
+Operands are copied into panels as wide as the register tile, or rows as tall, so that it reads them in order,
+or read where they are: see `kernels.plan`, which cuts C into pieces. For products in bfloat16 both are
+copied, and rounded on the way. Every sum over K runs in the same order however C is cut up, so the bits do
+not depend on the number of threads.
 
 A large C goes past the caches: it would not be there when it is read, and a line that is not fetched to be
 overwritten takes half the time.

@@ -40,7 +40,8 @@ def muon(parameters: Sequence[np.ndarray], gradients: Sequence[np.ndarray], mome
     (which themselves stay as they are). Products are in the precision that `set_matmul_precision` names, but
     for matrices at least twice as long as wide (or as wide as long), whose form is not stable in bfloat16.
     """
-    check_lists("muon", {"parameters": parameters, "gradients": gradients, "momenta": momenta})
+    check_lists("muon", {"parameters": parameters, "gradients": gradients, "momenta": momenta},
+                ("parameters", "momenta"))
     if len(parts) != len(parameters):
         raise ValueError(f"muon: parts holds {len(parts)} numbers; there are {len(parameters)} parameters")
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}       # which parameter, which part of it

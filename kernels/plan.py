@@ -1,7 +1,8 @@
 """How a matrix product is cut up: into parts of K, and C into pieces of its rows, or of its columns.
 
-A thread goes through K part by part, while its piece of C is near. What it reads of A and B it copies itself,
-into the cache of its core, if it is the only one to read it; else all copies are made first, by all threads.
+A thread goes through K part by part, while its piece of C is near. Rows of A are read where they are. What
+else one thread alone reads is, too, with vectors of 64 bytes and for few uses; or that thread copies it, into
+the cache of its core. What several read is copied first, by all threads.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ TALLEST = 1024              # rows of a piece of rows, or of a product that is n
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
-REUSED = 1024               # columns that A is multiplied by, or rows of B: so many pay for a copy of it
+REUSED = 1024               # columns that A, or rows that B is multiplied by: so many pay for a copy of it
 LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and rows of their copies are so many elements further apart; room, too,
@@ -102,8 +103,8 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     if by_rows:
         most = min(most, max(1, TALLEST // rows))
     own_b = not by_rows and batch_b == count
-    # What one thread alone reads is read where it is, but for a last, partial tile or panel, if a step of the
-    # register tile takes long enough to fetch it from the second-level cache. Rows of A can be always.
+    # But for a last, partial tile or panel. A step of the register tile of 64-byte vectors takes long enough
+    # to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, rows_of_b = not transpose_a and not bf16, in_place and own_b and not transpose_b and m < REUSED
     columns_of_a = in_place and transpose_a and not by_panels and n < REUSED

@@ -69,12 +69,12 @@ def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, fi
 
 
 @helper
-def multiply_block(a, packed_a, start_a, b, rows_of_b, packed_b, start_b, c, i0, i1, k0, depth, j0, panels,
+def multiply_block(a, packed_a, start_a, b, row_of_b, packed_b, start_b, c, i0, i1, k0, depth, j0, panels,
                    plan, ends, room, bias, activated, activation):
     """Register tiles i0 to i1, panels of columns from j0 on of C (+)= op(A) B (+ bias), for k0 to k0 + depth.
 
-    ends: K does, so that C is whole. room: scratch for tiles that reach beyond C, or go past the caches or on
-    to an activation.
+    row_of_b: where row k0 of B starts. ends: K does, so that C is whole. room: scratch for tiles that reach
+    beyond C, or go past the caches or on to an activation.
     """
     (m, n), deep, rows, width = c.shape, steps(depth, plan.bf16), plan.rows, plan.width
     edge, side_by_side = room[:rows * width], room[rows * width:]
@@ -113,7 +113,7 @@ def multiply_block(a, packed_a, start_a, b, rows_of_b, packed_b, start_b, c, i0,
                 to, to_row = address(edge, 0), width
             b_at, b_step = address(packed_b, start_b + panel * plan.size_b), width
             if j < plan.first_panel * width:
-                b_at, b_step = address(b, rows_of_b + j), n
+                b_at, b_step = address(b, row_of_b + j), n
             register_tile(c, a_at, row, step, b_at, b_step, to, to_row, deep, before, before_row, m - i,
                           2 * (n - j) > width, plan.bf16)
             if not active and (streams or not inside):

@@ -69,26 +69,3 @@ def row_max(typing, x, start, n):
         return build.load(largest)
 
     return x.dtype(x, types.intp, types.intp), generate
-
-
-@intrinsic
-def fill_vectors(typing, x, start, first, end, value):
-    """x[start + j] = value for first <= j < end, x read as flat memory; end is a multiple of the lanes."""
-    def generate(context, build, signature, args):
-        x, start, first, end, value = args
-        real = context.get_value_type(signature.args[4])
-        size = context.get_abi_sizeof(real)
-        lanes = TARGET.vector_bytes // size
-        vector, places = ir.VectorType(real, lanes), ir.VectorType(INDEX, lanes)
-        data = build.gep(context.make_array(signature.args[0])(context, build, x).data, [start])
-        values, firsts = everywhere(build, value, lanes), everywhere(build, first, lanes)
-        width = ir.Constant(INDEX, lanes)
-        with cgutils.for_range_slice(build, build.mul(build.sdiv(first, width), width), end, width) as (j, _):
-            lane = build.add(everywhere(build, j, lanes), ir.Constant(places, list(range(lanes))))
-            at = build.bitcast(build.gep(data, [j]), vector.as_pointer())
-            old = build.load(at, align=size)          # not a store under a mask, which some CPUs do slowly
-            build.store(build.select(build.icmp_signed(">=", lane, firsts), values, old), at, align=size)
-        return context.get_dummy_value()
-
-    n = types.intp
-    return types.void(x, n, n, n, x.dtype), generate

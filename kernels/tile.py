@@ -53,8 +53,8 @@ def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first,
 
     like: any array of the dtype. a, b, c, first: addresses of the first elements; first is C itself to add to
     it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
-    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here: `written(rows, bf16)` rows
-    of C are.
+    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here: of A are read, and of C
+    written, as many rows as `written` says, or ROWS if not wide.
     bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
     C and a CPU that has such products only). On a tile unit both vectors are written always, a_step must be 1
     and k a multiple of `amx.PAIRS`.

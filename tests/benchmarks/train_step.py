@@ -122,7 +122,9 @@ class Process:
 
     def end(self) -> dict:
         self._process.stdin.close()
-        return json.loads(self._line())
+        known = json.loads(self._line())
+        self._process.wait()
+        return known
 
     def _line(self) -> str:
         line = self._process.stdout.readline()
@@ -140,16 +142,19 @@ def measure(name: str, sides: list[tuple[str, str]], steps: int, repeats: int) -
         for process in processes:
             process.steps(WARM_UP)
         turns: dict[str, list[float]] = {process.mode: [] for process in processes}
+        fastest_step = dict.fromkeys(turns, math.inf)
         for _ in range(math.ceil(steps / TURN[name])):
             for process in processes:
-                turns[process.mode].append(statistics.median(process.steps(TURN[name])))
+                steps_ms = process.steps(TURN[name])
+                turns[process.mode].append(statistics.median(steps_ms))
+                fastest_step[process.mode] = min(fastest_step[process.mode], *steps_ms)
         for process in processes:
             mode, known = process.mode, process.end()
             memory[mode] = max(memory.get(mode, 0), known["peak_rss_mb"])
             times.setdefault(mode, []).extend(turns[mode])
             median = statistics.median(turns[mode])
             config = CONFIGS[name]
-            print(json.dumps(dict(config=name, mode=mode, step_ms_min=round(min(turns[mode]), 2),
+            print(json.dumps(dict(config=name, mode=mode, step_ms_min=round(fastest_step[mode], 2),
                                   step_ms_median=round(median, 2),
                                   tokens_per_s=round(config.batch * config.context / median * 1e3), **known)),
                   flush=True)
@@ -158,8 +163,8 @@ def measure(name: str, sides: list[tuple[str, str]], steps: int, repeats: int) -
     if len(sides) > 1:
         own, *others = medians
         fastest = min(others, key=lambda mode: medians[mode])
-        ratios = [theirs / ours for ours, theirs in zip(times[own], times[fastest], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        ratios = [their_ms / own_ms for own_ms, their_ms in zip(times[own], times[fastest], strict=True)]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
         result |= dict(fastest=fastest, ratio=round(middle, 3), quartiles=[round(low, 3), round(high, 3)])
     return result
 

@@ -93,7 +93,7 @@ def parts(monkeypatch):
     """Attention goes by few keys at a time, so that in its backward pass threads share heads of few keys."""
     attention = importlib.import_module("kernels.attention")
     plans = attention._plan_forward, attention._plan_backward
-    monkeypatch.setattr(attention, "KEYS", attention.BLOCK)
+    monkeypatch.setattr(attention, "KEYS", attention.MULTIPLE)
     for plan in plans:
         plan.cache_clear()
     yield

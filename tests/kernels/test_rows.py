@@ -560,6 +560,9 @@ def test_lists_with_other_arrays_than_in_the_step_before_are_looked_at_anew():
         K.adamw(*([x] for x in arrays), [0.1], step, 1e-3, 0.9, 0.99, 1e-8)
         np.testing.assert_array_equal(arrays, expected)
         arrays[step % 4] = np.abs(rows[step])
+    arrays[0].flags.writeable = False
+    with pytest.raises(ValueError, match="parameters holds a read-only array"):
+        K.adamw(*([x] for x in arrays), [0.1], 9, 1e-3, 0.9, 0.99, 1e-8)
     long, short = normal(40), normal(3)
     K.adamw([long, long], [long, long], [long, long], [long, long], [0.0] * 2, 1, 1e-3, 0.9, 0.99, 1e-8)
     with pytest.raises(ValueError, match="gradients holds 3 arrays; there are 2 parameters"):
