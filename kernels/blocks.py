@@ -26,7 +26,7 @@ from kernels.pack import (
 from kernels.plan import steps
 from kernels.rows import scale_row
 from kernels.simd import LANES, address, compact, out_of_line, round_interleaved, transpose_block
-from kernels.tile import ROWS, height, register_tile
+from kernels.tile import ROWS, height, register_tile, written
 
 TILES = TARGET.tiles
 TILE_ROWS = height(True)          # rows of the register tile of pairs
@@ -51,7 +51,8 @@ def multiply_panels(a, a_start, a_row, panels, depth, c, c_row, count, queries, 
     for i in range(0, queries, tile):
         for j in range(0, min(count, i + tile + diagonal), tile_rows(paired)):
             register_tile(c, address(a, a_start + j * a_row), a_row, 1, address(panels, i * depth), tile,
-                          address(c, j * c_row + i), c_row, depth, 0, 0, count - j, 2 * (queries - i) > tile,
+                          address(c, j * c_row + i), c_row, depth, 0, 0,
+                          written(count - j, paired is not None), 2 * (queries - i) > tile,
                           paired is not None)
 
 
@@ -68,7 +69,8 @@ def sum_over_queries(a, a_row, b, b_start, c, width, count, queries, tile, diago
                 to = address(c, j * width + d)
                 register_tile(c, address(a, j * a_row + first), a_row, 1,
                               address(b, b_start + first * width + d), width,
-                              to, width, last - first, to, width, count - j, True, paired is not None)
+                              to, width, last - first, to, width, written(count - j, paired is not None),
+                              True, paired is not None)
 
 
 @mover
@@ -90,7 +92,8 @@ def sum_over_keys(a, a_row, b, b_start, b_row, c, c_start, c_row, width, count, 
             for d in range(0, width if n > 0 else 0, tile):
                 to = address(c, c_start + i * c_row + d)
                 register_tile(c, address(a, i), 1, a_row, address(b, b_start + d), b_row, to, c_row,
-                              n, to, c_row, queries - i, True, paired is not None)
+                              n, to, c_row, written(queries - i, paired is not None), True,
+                              paired is not None)
 
 
 @mover

@@ -305,13 +305,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
                 pair_scores(dscores, n, QUERIES, dscore_pairs)
                 pair_rows(weights, n, QUERIES)
                 pair_rows(dscores, n, QUERIES)
-            if paired is not None and TILES:
+                at, row = (i0, turned.shape[1]) if TILES else (i0 * padded, padded)
                 sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, key_pairs.shape[1],
-                              turned.reshape(-1), i0, turned.shape[1], padded, n, rows, tile, diagonal,
-                              paired)
-            elif paired is not None:
-                sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, padded, flat_dqueries,
-                              i0 * padded, padded, padded, n, rows, tile, diagonal, paired)
+                              turned.reshape(-1) if TILES else flat_dqueries, at, row, padded, n, rows, tile,
+                              diagonal, paired)
             else:
                 sum_over_keys(dscores.reshape(-1), across, key_rows.reshape(-1), 0, padded, flat_dqueries,
                               i0 * padded, padded, padded, n, rows, tile, diagonal, paired)

@@ -83,6 +83,7 @@ def multiply_block(a, packed_a, start_a, b, row_of_b, packed_b, start_b, c, i0, 
     start_tiles(plan.bf16)
     for tile in range(i0, i1):
         i = tile * rows
+        high = written(m - i, plan.bf16)
         if tile < plan.first_copied and plan.transpose_a:
             a_at, row, step = address(a, k0 * m + i), 1, m
         elif tile < plan.first_copied:
@@ -93,7 +94,7 @@ def multiply_block(a, packed_a, start_a, b, row_of_b, packed_b, start_b, c, i0, 
             a_at, row, step = address(packed_a, start_a + tile * plan.size_a), plan.size_a // rows, 1
         for panel in range(max(0, (i - j0) // width) if plan.half else 0, panels):
             j = j0 + panel * width
-            inside = i + written(m - i, plan.bf16) <= m and j + width <= n
+            inside = i + high <= m and j + width <= n
             before, before_row = 0, 0
             if not inside:
                 for r in range(min(rows, m - i)):
@@ -114,7 +115,7 @@ def multiply_block(a, packed_a, start_a, b, row_of_b, packed_b, start_b, c, i0, 
             b_at, b_step = address(packed_b, start_b + panel * plan.size_b), width
             if j < plan.first_panel * width:
                 b_at, b_step = address(b, row_of_b + j), n
-            register_tile(c, a_at, row, step, b_at, b_step, to, to_row, deep, before, before_row, m - i,
+            register_tile(c, a_at, row, step, b_at, b_step, to, to_row, deep, before, before_row, high,
                           2 * (n - j) > width, plan.bf16)
             if not active and (streams or not inside):
                 place_tile(edge, rows, width, c, i, j, inside, streams)

@@ -49,12 +49,13 @@ def written(rows, bf16):
 
 @intrinsic
 def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first, first_row, rows, wide, bf16):
-    """C[rows, 2 vectors] = first + A[rows, k] @ B[k, 2 vectors]; if not wide C[ROWS, 1 vector].
+    """C[rows, 2 vectors] = first + A[rows, k] @ B[k, 2 vectors], or C[ROWS, 1 vector] if not wide.
+
+    rows: as `written` has it.
 
     like: any array of the dtype. a, b, c, first: addresses of the first elements; first is C itself to add to
     it, a bias, or 0 for nothing. a_row, a_step: elements from one row, and from one k, to the next; likewise
-    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here: of A are read, and of C
-    written, as many rows as `written` says, or ROWS if not wide.
+    b_step, c_row and first_row, which is 0 for a bias. Nothing checks bounds here.
     bf16: elements of A and B are pairs of bfloat16 that follow each other in K, k counts the pairs (float32
     C and a CPU that has such products only). On a tile unit both vectors are written always, a_step must be 1
     and k a multiple of `amx.PAIRS`.
@@ -72,14 +73,13 @@ def register_tile(typing, like, a, a_row, a_step, b, b_step, c, c_row, k, first,
                        [a, a_row, a_step, b, b_step, c, c_row, k, first, first_row])
 
         for pairs in [False, True][:1 + (TARGET.bf16 and real == ir.FloatType())]:
-            heights = () if pairs and TARGET.tiles else SHORT
+            heights = (amx.ROWS,) if pairs and TARGET.tiles else (ROWS, *SHORT)
             with build.if_then(bf16 if pairs else build.not_(bf16)):
                 with build.if_then(build.not_(wide)):
-                    tile(ROWS, 1, pairs)
-                for of, below in zip((ROWS, *heights), (*heights, 0), strict=True):
-                    above = build.icmp_signed(">", rows, ir.Constant(INDEX, below))
-                    fits = build.icmp_signed("<=", rows, ir.Constant(INDEX, of)) if of < ROWS else above
-                    with build.if_then(build.and_(wide, build.and_(above, fits))):
+                    tile(heights[0], 1, pairs)
+                for of in heights:
+                    as_high = build.icmp_signed("==", rows, ir.Constant(INDEX, of))
+                    with build.if_then(build.and_(wide, as_high)):
                         tile(of, 2, pairs)
         return context.get_dummy_value()
 
