@@ -1,8 +1,8 @@
 """How a matrix product is cut up: into parts of K, and C into pieces of its rows, or of its columns.
 
-A thread goes through K part by part, while its piece of C is near. Rows of A are read where they are. What
-else one thread alone reads is, too, with vectors of 64 bytes and for few uses; or that thread copies it, into
-the cache of its core. What several read is copied first, by all threads.
+A thread goes through K part by part, while its piece of C is near. Rows of A are read where they are. With
+vectors of 64 bytes, so are columns of A and rows of B, if few multiply them or they stay in the cache. What
+else one thread alone reads, it copies, into the cache of its core; what several read is copied first, by all.
 """
 from __future__ import annotations
 
@@ -106,10 +106,13 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     # But for a last, partial tile or panel. A step of the register tile of 64-byte vectors takes long enough
     # to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
-    rows_of_a, rows_of_b = not transpose_a and not bf16, in_place and own_b and not transpose_b and m < REUSED
-    columns_of_a = in_place and transpose_a and not by_panels and n < REUSED
+    rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
+    row_of_b = n * dtype.itemsize
+    rows_of_b = in_place and not transpose_b and row_of_b % SAME_SET > 0 and (
+        m < REUSED if own_b else k * row_of_b <= NEAR)
+    own_b = own_b or rows_of_b
     first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
-    first_panel = n // width if rows_of_b and n * dtype.itemsize % SAME_SET else 0
+    first_panel = n // width if rows_of_b else 0
     shared = tall - first_copied if by_panels else 0
     own_a = min(most if by_rows else tall, tall - first_copied)
     deep = steps.py_func(depth, bf16)
@@ -131,10 +134,11 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
 
 def _cut(count: int, m: int, n: int, k: int, tall: int, panels: int) -> tuple[bool, bool]:
     """Are the products cut by rows, or by panels, or not at all? The larger operand is, if there are enough
-    pieces, so that each has one reader; of the other a copy is written, and read by each thread.
+    pieces, as many for each thread, so that each has one reader; all threads read the other, or a copy.
     """
-    wanted = MANY * max_threads()
-    if (count >= wanted and m <= TALLEST) or count * m * n * k < SMALL:
+    threads = max_threads()
+    if (count >= MANY * threads and m <= TALLEST) or count * m * n * k < SMALL:
         return False, False
-    by_rows = (min(tall, wanted), m) >= (min(panels, wanted), n)
+    rounds_of_rows, rounds_of_panels = (min(units // threads, MANY) for units in (tall, panels))
+    by_rows = (rounds_of_rows, m) >= (rounds_of_panels, n)
     return by_rows, not by_rows
