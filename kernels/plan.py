@@ -2,7 +2,8 @@
 
 A thread goes through K part by part, while its piece of C is near. Rows of A are read where they are. With
 vectors of 64 bytes, so are columns of A and rows of B, if few multiply them or they stay in the cache. What
-else one thread alone reads, it copies, into the cache of its core; what several read is copied first, by all.
+else one thread alone reads, it copies, into the cache of its core. What all threads read is copied first, by
+all, or if it is small by each for itself: to wait for the others and fetch from their caches takes longer.
 """
 from __future__ import annotations
 
@@ -60,6 +61,7 @@ class Plan(NamedTuple):
     shared: int              # so many tiles are copied for all threads; 0: each copies its own, if any,
     own_a: int               # at most so many at a time
     own_b: bool              # each thread copies its panels of B
+    kept: bool               # what it multiplies all its pieces by, it copies once
     parts: int               # of K, of so many elements
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
@@ -107,13 +109,13 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     # to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
-    row_of_b = n * dtype.itemsize
-    rows_of_b = in_place and not transpose_b and row_of_b % SAME_SET > 0 and (
-        m < REUSED if own_b else k * row_of_b <= NEAR)
-    own_b = own_b or rows_of_b
+    by_each = parts == 1 and k * (m if by_panels else n) * dtype.itemsize <= NEAR      # what all read, copied
+    rows_of_b = in_place and not transpose_b and n * dtype.itemsize % SAME_SET > 0 and (
+        m < REUSED if own_b else by_each)
+    own_b = own_b or rows_of_b or (by_rows and by_each)
     first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
     first_panel = n // width if rows_of_b else 0
-    shared = tall - first_copied if by_panels else 0
+    shared = tall - first_copied if by_panels and not by_each else 0
     own_a = min(most if by_rows else tall, tall - first_copied)
     deep = steps.py_func(depth, bf16)
     size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
@@ -123,12 +125,13 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
         panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
     beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
     near = min(most if by_panels else panels, panels, max(1, NEAR // (bytes_b + beside)))
+    kept = by_each and (by_panels or (by_rows and near == panels))
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     room = rows * width + (near * width * (rows + 2) if activated else 0)
     plan = Plan(transpose_a, transpose_b, bf16, half, streams, batch_a, batch_b, by_rows, by_panels, most,
                 least, panels * width, near, rows, width, first_copied, first_panel, shared, own_a, own_b,
-                parts, depth, size_a, size_b, end_a, end_b, room)
+                kept, parts, depth, size_a, size_b, end_a, end_b, room)
     return tuple(plan), 1 if count * m * n * k < SMALL else units, end_b + max_threads() * room
 
 
