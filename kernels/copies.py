@@ -18,7 +18,7 @@ from kernels.pack import (
 from kernels.plan import steps
 from kernels.rows import scale_row
 from kernels.share import next_piece
-from kernels.simd import LANES, ROUNDS, compact, copied_rows
+from kernels.simd import ROUNDS, compact, copied_rows
 
 TILES, BF16 = TARGET.tiles, TARGET.bf16        # asked first: numba leaves out what is not of this CPU
 GROUP = 2         # register tiles of A, or panels of B, that are copied at once
@@ -70,7 +70,7 @@ def pack_block(a, packed, start, first, last, rows, m, k0, depth, size, transpos
         pair_rows_of_columns(a.reshape(-1), k0 * m + i0, m, min(m, last * rows) - i0, depth, packed,
                              start + first * size, size // rows)
         whole = last
-    elif ROUNDS and bf16 and transposed and rows <= LANES and depth % 2 == 0:
+    elif ROUNDS and bf16 and transposed and depth % 2 == 0:
         whole = max(first, min(last, m // rows))
         pair_tiles(a.reshape(-1), k0 * m + first * rows, m, whole - first, depth, packed,
                    start + first * size, rows, size)
@@ -126,6 +126,12 @@ def pack_panels(b, packed, start, batch, first, last, n0, n, k0, k, depth, width
         whole = min(last, (n - n0) // width)
         pack_columns(b, (batch * k + k0) * n + n0 + first * width, n, whole - first, depth, packed,
                      start + first * size, width, size)
+    elif ROUNDS and bf16 and not transposed and depth % 2 == 0:
+        whole = min(last, (n - n0) // width)
+        pair_tiles(b, (batch * k + k0) * n + n0 + first * width, n, whole - first, depth, packed,
+                   start + first * size, width, size)
+        for panel in range(first, whole):
+            fill_step(packed, start + panel * size, depth, width)
     for panel in range(whole, last):
         pack_b(b, packed, start + panel * size, batch, n0 + panel * width, n, k0, k, depth, width, transposed,
                bf16)

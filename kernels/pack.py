@@ -167,8 +167,8 @@ def pack_tiles(x, start, stride, tiles, depth, to, to_start, size):
 def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     """As `pair_columns` for panels side by side, size apart in `to`, so that a row of x is read once for all.
 
-    Where ROUNDS, for an even depth and panels no wider than a vector; the last vector of a panel may reach
-    beyond depth / 2 * width elements, for which `size` leaves room.
+    Where ROUNDS, for an even depth; the last vector of a panel may reach beyond depth / 2 * width elements,
+    for which `size` leaves room.
     """
     compact()
     for p in range(depth // 2):
@@ -176,8 +176,10 @@ def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
         prefetch_row(x, low + AHEAD * stride, tiles * width, False)
         prefetch_row(x, low + (AHEAD + 1) * stride, tiles * width, False)
         for tile in range(tiles):
-            first = low + tile * width
-            round_interleaved(x, first, first + stride, to, to_start + tile * size + p * width, width)
+            for j in range(0, width, LANES):
+                first = low + tile * width + j
+                round_interleaved(x, first, first + stride, to, to_start + tile * size + p * width + j,
+                                  min(LANES, width - j))
 
 
 @mover
