@@ -18,12 +18,12 @@ from kernels.jit import helper, max_threads
 from kernels.simd import LINE
 from kernels.tile import columns, height
 
-# Depth of a part of K, an even number. A panel of B of 32-byte vectors is then 24 KB, for the first-level
-# cache. Of 64-byte vectors it comes from the second, which is fast enough, as a step takes 14 cycles or more.
-# The tile unit is faster than that, so its parts are half as deep, but for a C that goes past the caches: to
+# Of a part of K, in steps of the register tile. A panel of B is then larger than the first-level cache, and
+# comes from the second, which is fast enough; with fewer steps C would be read and written more often. The
+# tile unit is faster than that cache, so its parts are less deep, but for a C that goes past the caches: to
 # add to it once more would cost more.
-DEPTH = 768 if TARGET.vector_bytes == 64 else 384
-DEPTH_TILES = 384
+DEPTH = 1536
+DEPTH_TILES = 384           # in elements
 TALLEST = 1024              # rows of a piece of rows, or of a product that is not cut
 NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
@@ -91,7 +91,7 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     rows, width = height(bf16), columns(dtype)
     tall, panels = -(-m // rows), -(-n // width)
     streams = not half and m * n * dtype.itemsize >= LARGE and n % width == 0
-    parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH)))
+    parts = max(1, -(-k // (DEPTH_TILES if bf16 and TARGET.tiles and not streams else DEPTH * (1 + bf16))))
     depth = -(-k // parts)
     depth += depth % 2 if bf16 else 0                                   # whole pairs
     by_rows, by_panels = _cut(count, m, n, k, tall, panels)

@@ -17,10 +17,10 @@ BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ODD = (1, 2, 3, 31, 33, 65, 127)
 # A Latin square: every pair of sizes for M and K, K and N, M and N.
 SQUARE = [(m, ODD[(i + j) % len(ODD)], n) for i, m in enumerate(ODD) for j, n in enumerate(ODD)]
-# Around what K is cut into (384 or 768), sizes that are no whole tiles, or nearly, and
+# Around what K is cut into (384, 1536 or 3072), sizes that are no whole tiles, or nearly, and
 # rows that lie a multiple of 4096 bytes apart.
 EDGES = [(m, 9, 40) for m in (5, 6, 7, 13, 14, 15, 95, 96, 97, 223, 224, 225)]
-EDGES += [(9, k, 40) for k in (383, 384, 385, 511, 512, 513, 1023, 1024, 1025)]
+EDGES += [(9, k, 40) for k in (383, 384, 385, 1023, 1024, 1025, 1535, 1536, 1537, 3071, 3072, 3073)]
 EDGES += [(3, 5, n) for n in (4095, 4096, 4097, 8191, 8193)] + [(15, 257, 4097), (9, 600, 5000)]
 LARGE = [(1025, 33, 65), (33, 1025, 65), (33, 65, 1025), (1024, 9, 33), (31, 1024, 33)]
 
@@ -130,7 +130,7 @@ def cut(monkeypatch):
 def many_products(dtype):
     """Of many or few rows, columns and k, transposed or not, in batches, with epilogues."""
     results = []
-    for m, k, n in [(70, 33, 140), (22, 100, 320), (140, 50, 20), (65, 1600, 64), (3, 900, 96)]:
+    for m, k, n in [(70, 33, 140), (22, 100, 320), (140, 50, 20), (65, 3100, 64), (3, 900, 96)]:
         a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype)
         results += [product(a, b, *swaps) for swaps in itertools.product([False, True], repeat=2)]
         for activation in ACTIVATIONS:
@@ -151,10 +151,10 @@ def test_the_bits_are_the_same_however_a_result_is_cut_up(dtype, cut, poison, sa
 
 
 def test_bf16_bits_are_the_same_however_a_result_is_cut_up(bf16, cut, poison, same_bits):
-    cut(DEPTH_TILES=plan.DEPTH)                               # which large results have anyway
+    cut(DEPTH_TILES=2 * plan.DEPTH)                               # which large results have anyway
     expected = many_products(np.float32)
     for numbers in CUTS:
-        cut(DEPTH_TILES=plan.DEPTH, **numbers)
+        cut(DEPTH_TILES=2 * plan.DEPTH, **numbers)
         poison()
         same_bits(many_products(np.float32), expected, numbers)
 
