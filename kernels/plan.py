@@ -25,11 +25,11 @@ from kernels.tile import columns, height
 DEPTH = 1536
 DEPTH_TILES = 384           # in elements
 TALLEST = 1024              # rows of a piece of rows, or of a product that is not cut
-NEAR = 768 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
+NEAR = 384 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
 REUSED = 1024               # columns that A, or rows that B is multiplied by: so many pay for a copy of it
-LARGE = 4 << 20             # bytes of a result that will not be in the caches when it is read
+LARGE = 4 << 20             # bytes of a matrix that will not be in the caches when it is read
 SAME_SET = 4096             # rows a multiple of so many bytes apart share sets of the first-level cache,
 PAD = 16                    # and rows of their copies are so many elements further apart; room, too,
                             # for the last vector that `pack_tiles`, `pair_columns` and `pair_tiles` write
@@ -110,8 +110,9 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
     by_each = parts == 1 and k * (m if by_panels else n) * dtype.itemsize <= NEAR      # what all read, copied
-    rows_of_b = in_place and not transpose_b and n * dtype.itemsize % SAME_SET > 0 and (
-        m < REUSED if own_b else by_each)
+    row_of_b = n * dtype.itemsize
+    near_b = m < REUSED and k * row_of_b <= LARGE if own_b else by_each
+    rows_of_b = in_place and not transpose_b and near_b and row_of_b % SAME_SET > 0
     own_b = own_b or rows_of_b or (by_rows and by_each)
     first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
     first_panel = n // width if rows_of_b else 0
