@@ -57,7 +57,7 @@ def multiply_panels(a, a_start, a_row, panels, depth, c, c_row, count, queries, 
 
 
 @mover
-def sum_over_queries(a, a_row, b, b_start, c, width, count, queries, tile, diagonal, paired):
+def sum_over_queries(a, a_row, b, b_start, b_row, c, width, count, queries, tile, diagonal, paired):
     """c_j += Σ_i A[j, i] b_i, for rows of width."""
     out_of_line()
     last = elements(queries, paired)
@@ -68,7 +68,7 @@ def sum_over_queries(a, a_row, b, b_start, c, width, count, queries, tile, diago
             if first < last:
                 to = address(c, j * width + d)
                 register_tile(c, address(a, j * a_row + first), a_row, 1,
-                              address(b, b_start + first * width + d), width,
+                              address(b, b_start + first * b_row + d), b_row,
                               to, width, last - first, to, width, written(count - j, paired is not None),
                               True, paired is not None)
 

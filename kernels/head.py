@@ -31,12 +31,14 @@ from kernels.blocks import (
 from kernels.dropout import halves, kept
 from kernels.elementary import exp_below
 from kernels.jit import helper, mover
+from kernels.plan import SAME_SET
 from kernels.rows import scale_row
 from kernels.share import next_piece
 from kernels.simd import out_of_line
 
 QUERIES = 64                         # in a block: whole register tiles and one of SHORT, exactly
 FEW_QUERIES = 16                     # that a block has when a text is written token by token
+SELDOM = 256                         # rows of a head, which are multiplied too seldom to pay for a copy
 AT_ONCE = 2                          # rows of scores, to load and store what belongs to their columns once
 
 
@@ -78,12 +80,14 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
     deep = elements(depth, paired)
+    in_place = visible.size == 0 and read_in_place(kv, kv_row, keys, depth, padded, paired)
+    flat_values, value_at, value_row = rows_of(kv, value_start, kv_row, values, in_place)
     if fresh:
         pack_rows(kv, key_start, kv_row, keys, depth, scale, visible, key_rows)
         if paired is not None:
             pair_rows(key_rows, keys, padded)
             pair_across(kv, value_start, kv_row, depth, keys, values.reshape(-1), values.shape[1])
-        else:
+        elif not in_place:
             pack_rows(kv, value_start, kv_row, keys, depth, one, visible, values)
     start_tiles(paired is not None)
     for i0 in range(first_query, last_query, QUERIES):
@@ -111,11 +115,11 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
                 drop(scores, count, dropout, head * time + i0, j0)
             if paired is not None:
                 pair_scores(scores, count, QUERIES, pairs)
-                sum_over_keys(pairs, across, values.reshape(-1),
-                              elements(j0, paired) * (1 if TILES else padded), values.shape[1],
+                sum_over_keys(pairs, across, flat_values,
+                              elements(j0, paired) * (1 if TILES else padded), value_row,
                               sums.reshape(-1), 0, sums.shape[1], padded, count, rows, tile, diagonal, paired)
             else:
-                sum_over_keys(scores.reshape(-1), across, values.reshape(-1), j0 * padded, padded,
+                sum_over_keys(scores.reshape(-1), across, flat_values, value_at + j0 * value_row, value_row,
                               sums.reshape(-1), 0, padded, padded, count, rows, tile, diagonal, paired)
         if paired is not None and TILES:
             turn_over(sums, upright)
@@ -129,6 +133,22 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
             else:
                 scale_row(sums, i * padded, depth, one / tops[1, i], out, to)
     stop_tiles(paired is not None)
+
+
+@helper
+def read_in_place(x, row, count, depth, padded, paired):
+    """Are so many rows of a head multiplied where they are, so far apart in x? If they are whole register
+    tiles, and few.
+    """
+    return paired is None and depth == padded and count <= SELDOM and row * x.itemsize % SAME_SET != 0
+
+
+@helper
+def rows_of(x, start, row, copy, in_place):
+    """An array, where in it the rows begin that are multiplied, and elements from one to the next."""
+    if in_place:
+        return x, start, row
+    return copy.reshape(-1), 0, copy.shape[1]
 
 
 @helper
@@ -253,6 +273,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
     else:
         for at in range(first_seeing(first_key, time, keys, causal) * padded, flat_dqueries.size):
             flat_dqueries[at] = zero
+    q_in_place = read_in_place(q, q_row, time, depth, padded, paired)
+    dout_in_place = read_in_place(dout, width, time, depth, padded, paired)
+    flat_q, q_at, q_across = rows_of(q, start, q_row, queries, q_in_place)
+    flat_dout, dout_at, dout_across = rows_of(dout, out_start, width, douts, dout_in_place)
     if fresh:
         for i in range(0, time, tile):
             count = min(tile, time - i)
@@ -264,8 +288,10 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
                 pair_down(q, start + i0 * q_row, q_row, depth, rows, queries.reshape(-1), to, padded)
                 pair_down(dout, out_start + i0 * width, width, depth, rows, douts.reshape(-1), to, padded)
         else:
-            pack_rows(q, start, q_row, time, depth, one, visible[:0], queries)
-            pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
+            if not q_in_place:
+                pack_rows(q, start, q_row, time, depth, one, visible[:0], queries)
+            if not dout_in_place:
+                pack_rows(dout, out_start, width, time, depth, one, visible[:0], douts)
         of_queries[:] = 0                                           # of those beyond the last, too
         for i in range(time):
             at = out_start + i * width
@@ -312,11 +338,11 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             else:
                 sum_over_keys(dscores.reshape(-1), across, key_rows.reshape(-1), 0, padded, flat_dqueries,
                               i0 * padded, padded, padded, n, rows, tile, diagonal, paired)
-            at = elements(i0, paired) * padded
-            sum_over_queries(weights.reshape(-1), across, douts.reshape(-1), at, dvalues.reshape(-1), padded,
-                             n, rows, tile, diagonal, paired)
-            sum_over_queries(dscores.reshape(-1), across, queries.reshape(-1), at, dkeys.reshape(-1), padded,
-                             n, rows, tile, diagonal, paired)
+            at = elements(i0, paired)
+            sum_over_queries(weights.reshape(-1), across, flat_dout, dout_at + at * dout_across, dout_across,
+                             dvalues.reshape(-1), padded, n, rows, tile, diagonal, paired)
+            sum_over_queries(dscores.reshape(-1), across, flat_q, q_at + at * q_across, q_across,
+                             dkeys.reshape(-1), padded, n, rows, tile, diagonal, paired)
         unpack_rows(dkeys, count, depth, scale, dkv, key_at, kv_row)
         unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)
     stop_tiles(paired is not None)
