@@ -126,9 +126,11 @@ def multiply_block(a, packed_a, start_a, b, row_of_b, packed_b, start_b, c, i0, 
             if not active and (streams or not inside):
                 place_tile(edge, rows, width, c, i, j, inside, streams)
         if active:
-            for r in range(min(rows, m - i)):
+            there = min(rows, m - i)
+            at_once = there if span == n and not streams else 1        # whole rows lie one behind the other
+            for r in range(0, there, at_once):
                 activate_row(side_by_side[r * span:], side_by_side[rows * span:], span, width, c, activated,
-                             (i + r) * n + j0, min(n - j0, span), activation, streams)
+                             (i + r) * n + j0, at_once * min(n - j0, span), activation, streams)
     stop_tiles(plan.bf16)
     if streams:
         finish_streams()
