@@ -15,10 +15,10 @@ For each of H heads of width D, with q the rows of T queries, k and v those of S
 Forward, a thread takes blocks of queries of a head against blocks of keys, and keeps for every query the
 largest score so far, m, and Σ exp(s - m); when m grows, what was summed shrinks by exp(m - m'). Backward, it
 takes blocks of keys against blocks of queries and makes p again from s and n.
-Products are register tiles on scratch that stays in the second-level cache; tiles that the causal mask hides
-are skipped. In bfloat16 (see `kernels.matmul`) what is multiplied is rounded on its way into the scratch, to
-pairs of what follows each other where a product adds up: along D for s and dp, along keys for o and dq, along
-queries for dk and dv.
+Products are register tiles on scratch that stays in the second-level cache, or on few rows where they are;
+tiles that the causal mask hides are skipped. In bfloat16 (see `kernels.matmul`) what is multiplied is rounded
+on its way into the scratch, to pairs of what follows each other where a product adds up: along D for s and
+dp, along keys for o and dq, along queries for dk and dv.
 
 A mask (B, S) of bool hides the keys where it is False from all queries: their scores are -inf, and zeros
 take the place of their keys and values, so that not even a NaN in them is seen. A query that sees no key

@@ -121,15 +121,13 @@ def pack_group_of_b(b, packed, copy, panels, n0, n, k, plan):
 @mover
 def pack_panels(b, packed, start, batch, first, last, n0, n, k0, k, depth, width, size, transposed, bf16):
     """Panels first to last of one matrix of B from column n0 on, each at start + its number times size."""
-    whole = first
+    whole, at, to = first, (batch * k + k0) * n + n0 + first * width, start + first * size
     if not transposed and not bf16:
         whole = min(last, (n - n0) // width)
-        pack_columns(b, (batch * k + k0) * n + n0 + first * width, n, whole - first, depth, packed,
-                     start + first * size, width, size)
+        pack_columns(b, at, n, whole - first, depth, packed, to, width, size)
     elif ROUNDS and bf16 and not transposed and depth % 2 == 0:
         whole = min(last, (n - n0) // width)
-        pair_tiles(b, (batch * k + k0) * n + n0 + first * width, n, whole - first, depth, packed,
-                   start + first * size, width, size)
+        pair_tiles(b, at, n, whole - first, depth, packed, to, width, size)
         for panel in range(first, whole):
             fill_step(packed, start + panel * size, depth, width)
     for panel in range(whole, last):

@@ -63,7 +63,7 @@ def forward_pieces(q, kv, mask, out, norms, layout, causal, dropout, blocks, of_
 @helper
 def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, layout, causal, dropout,
                  blocks, scratch, thread, paired):
-    """Some queries of one head of one sequence. fresh: its keys and values are not yet in the scratch.
+    """Some queries of one head of one sequence. fresh: what is copied of it is not yet in the scratch.
     paired: as `_paired` has it.
     """
     kept_scale = dropout[1]
@@ -275,8 +275,8 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             flat_dqueries[at] = zero
     q_in_place = read_in_place(q, q_row, time, depth, padded, paired)
     dout_in_place = read_in_place(dout, width, time, depth, padded, paired)
-    flat_q, q_at, q_across = rows_of(q, start, q_row, queries, q_in_place)
-    flat_dout, dout_at, dout_across = rows_of(dout, out_start, width, douts, dout_in_place)
+    flat_q, q_at, q_step = rows_of(q, start, q_row, queries, q_in_place)
+    flat_dout, dout_at, dout_step = rows_of(dout, out_start, width, douts, dout_in_place)
     if fresh:
         for i in range(0, time, tile):
             count = min(tile, time - i)
@@ -339,9 +339,9 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
                 sum_over_keys(dscores.reshape(-1), across, key_rows.reshape(-1), 0, padded, flat_dqueries,
                               i0 * padded, padded, padded, n, rows, tile, diagonal, paired)
             at = elements(i0, paired)
-            sum_over_queries(weights.reshape(-1), across, flat_dout, dout_at + at * dout_across, dout_across,
+            sum_over_queries(weights.reshape(-1), across, flat_dout, dout_at + at * dout_step, dout_step,
                              dvalues.reshape(-1), padded, n, rows, tile, diagonal, paired)
-            sum_over_queries(dscores.reshape(-1), across, flat_q, q_at + at * q_across, q_across,
+            sum_over_queries(dscores.reshape(-1), across, flat_q, q_at + at * q_step, q_step,
                              dkeys.reshape(-1), padded, n, rows, tile, diagonal, paired)
         unpack_rows(dkeys, count, depth, scale, dkv, key_at, kv_row)
         unpack_rows(dvalues, count, depth, one, dkv, value_at, kv_row)

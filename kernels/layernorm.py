@@ -51,37 +51,27 @@ def layernorm_backward(dy: np.ndarray, x: np.ndarray, gain: np.ndarray, mean: np
 def _layernorm_forward(x, gain, bias, eps, y, mean, rstd, tasks):
     for index in prange(tasks):
         task = np.int64(index)
-        first, last = len(x) * task // tasks, len(x) * (task + 1) // tasks
-        for i in range(first, last, 2):                                # an odd last row is its own other
-            layernorm_rows(x, gain, bias, eps, y, mean, rstd, i, min(i + 1, last - 1))
+        for i in range(len(x) * task // tasks, len(x) * (task + 1) // tasks):
+            mean[i], rstd[i] = layernorm_row(x[i], gain, bias, eps, y[i])
 
 
 @helper
-def layernorm_rows(x, gain, bias, eps, y, mean, rstd, i, other):
-    """Two rows: each waits for sums across vectors, in which time the other's can be added."""
-    real, width = x.dtype.type, x.shape[1]
-    a, b, ya, yb = x[i], x[other], y[i], y[other]
-    inverse = real(1) / real(width)
-    sum_a, sum_b = real(0), real(0)
-    for j in range(width):
-        sum_a += a[j]
-        sum_b += b[j]
-    mean_a, mean_b = sum_a * inverse, sum_b * inverse
-    squares_a, squares_b = real(0), real(0)
-    for j in range(width):
-        squares_a += (a[j] - mean_a) * (a[j] - mean_a)
-        squares_b += (b[j] - mean_b) * (b[j] - mean_b)
-    rstd_a = real(1) / real(math.sqrt(squares_a * inverse + eps))
-    rstd_b = real(1) / real(math.sqrt(squares_b * inverse + eps))
+def layernorm_row(x, gain, bias, eps, y):
+    real, width = x.dtype.type, x.dtype.type(x.size)
+    total, squares = real(0), real(0)
+    for j in range(x.size):
+        total += x[j]
+    mean = total / width
+    for j in range(x.size):
+        squares += (x[j] - mean) * (x[j] - mean)
+    rstd = real(1) / real(math.sqrt(squares / width + eps))
     if bias.size:
-        for j in range(width):
-            ya[j] = (a[j] - mean_a) * rstd_a * gain[j] + bias[j]
-            yb[j] = (b[j] - mean_b) * rstd_b * gain[j] + bias[j]
+        for j in range(x.size):
+            y[j] = (x[j] - mean) * rstd * gain[j] + bias[j]
     else:
-        for j in range(width):
-            ya[j] = (a[j] - mean_a) * rstd_a * gain[j]
-            yb[j] = (b[j] - mean_b) * rstd_b * gain[j]
-    mean[i], mean[other], rstd[i], rstd[other] = mean_a, mean_b, rstd_a, rstd_b
+        for j in range(x.size):
+            y[j] = (x[j] - mean) * rstd * gain[j]
+    return mean, rstd
 
 
 @kernel

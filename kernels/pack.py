@@ -167,8 +167,8 @@ def pack_tiles(x, start, stride, tiles, depth, to, to_start, size):
 def pair_tiles(x, start, stride, tiles, depth, to, to_start, width, size):
     """As `pair_columns` for panels side by side, size apart in `to`, so that a row of x is read once for all.
 
-    Where ROUNDS, for an even depth; the last vector of a panel may reach beyond depth / 2 * width elements,
-    for which `size` leaves room.
+    Where ROUNDS, for an even depth; if the width is not a multiple of a vector's, the last may reach beyond
+    depth / 2 * width elements, for which `size` leaves room.
     """
     compact()
     for p in range(depth // 2):

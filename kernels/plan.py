@@ -1,9 +1,9 @@
 """How a matrix product is cut up: into parts of K, and C into pieces of its rows, or of its columns.
 
 A thread goes through K part by part, while its piece of C is near. Rows of A are read where they are. With
-vectors of 64 bytes, so are columns of A and rows of B, if few multiply them or they stay in the cache. What
-else one thread alone reads, it copies, into the cache of its core. What all threads read is copied first, by
-all, or if it is small by each for itself: to wait for the others and fetch from their caches takes longer.
+vectors of 64 bytes, so are columns of A that few others multiply, and rows of B if they stay in the caches.
+What else one thread alone reads, it copies, into the cache of its core. What all read is copied first, by all
+together, or if it is small by each for itself: to wait for others and fetch from their caches takes longer.
 """
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from kernels.tile import columns, height
 DEPTH = 1536
 DEPTH_TILES = 384           # in elements
 TALLEST = 1024              # rows of a piece of rows, or of a product that is not cut
-NEAR = 384 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache
+NEAR = 384 << 10            # bytes of panels of B that a block of rows goes by, in the second-level cache,
+                            # or of what all threads read, for each to have it there for itself
 FAR = 32 << 20              # bytes of copies of B that are made at a time, for the last-level cache; for each
                             # A is read again
 REUSED = 1024               # columns that A, or rows that B is multiplied by: so many pay for a copy of it
@@ -60,8 +61,8 @@ class Plan(NamedTuple):
     first_panel: int         # and the first panel of B
     shared: int              # so many tiles are copied for all threads; 0: each copies its own, if any,
     own_a: int               # at most so many at a time
-    own_b: bool              # each thread copies its panels of B
-    kept: bool               # what it multiplies all its pieces by, it copies once
+    own_b: bool              # each thread copies its panels of B, if any,
+    kept: bool               # and once what it multiplies all its pieces by: B by rows, A by panels
     parts: int               # of K, of so many elements
     depth: int
     size_a: int              # of the copy of a tile of rows of A, and of a panel of B
@@ -104,29 +105,30 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     most = max(least, -(-units // (2 * max_threads())))
     if by_rows:
         most = min(most, max(1, TALLEST // rows))
+    deep = steps.py_func(depth, bf16)
+    size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
+    bytes_b = size_b * dtype.itemsize or 1
+    beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
+    # What all threads read, a copy of which each can keep for itself
+    common = tall * size_a * dtype.itemsize if by_panels else panels * (bytes_b + beside)
+    kept = (by_rows or by_panels) and parts == 1 and common <= NEAR
     own_b = not by_rows and batch_b == count
     # But for a last, partial tile or panel. A step of the register tile of 64-byte vectors takes long enough
     # to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
-    by_each = parts == 1 and k * (m if by_panels else n) * dtype.itemsize <= NEAR      # what all read, copied
     row_of_b = n * dtype.itemsize
-    near_b = m < REUSED and k * row_of_b <= LARGE if own_b else by_each
+    near_b = m < REUSED and k * row_of_b <= LARGE if own_b else not by_panels and k * row_of_b <= NEAR
     rows_of_b = in_place and not transpose_b and near_b and row_of_b % SAME_SET > 0
-    own_b = own_b or rows_of_b or (by_rows and by_each)
+    own_b = own_b or rows_of_b or (by_rows and kept)
     first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
     first_panel = n // width if rows_of_b else 0
-    shared = tall - first_copied if by_panels and not by_each else 0
+    shared = tall - first_copied if by_panels and not kept else 0
     own_a = min(most if by_rows else tall, tall - first_copied)
-    deep = steps.py_func(depth, bf16)
-    size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
     copies_a = batch_a * parts * shared or max_threads() * own_a
-    bytes_b = size_b * dtype.itemsize or 1
     if not own_b:
         panels = min(panels, max(1, FAR // (batch_b * parts * bytes_b)))
-    beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
     near = min(most if by_panels else panels, panels, max(1, NEAR // (bytes_b + beside)))
-    kept = by_each and (by_panels or (by_rows and near == panels))
     end_a = copies_a * size_a
     end_b = end_a + (max_threads() * near if own_b else batch_b * parts * panels) * size_b
     room = rows * width + (near * width * (rows + 2) if activated else 0)

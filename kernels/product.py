@@ -24,26 +24,27 @@ def multiply_pieces(a, packed_a, b, packed_b, c, k, n0, panels, plan, room, thre
     """The pieces of all products that one thread gets, in panels of columns from n0 on."""
     tall = (c.shape[1] + plan.rows - 1) // plan.rows                                     # in register tiles
     of_each = tall if plan.by_rows else panels if plan.by_panels else 1
-    units, packed_of = len(c) * of_each, -1
+    units, copied = len(c) * of_each, -1                      # what is copied, of which matrix of the batch
     first, end, whose = next_piece(counters, thread, threads, units, plan.most, plan.least)
     while first < end:
         batch = first // of_each
         start, stop = first - batch * of_each, min(of_each, end - batch * of_each)
         i0, i1 = (start, stop) if plan.by_rows else (0, tall)
         p0, p1 = (start, stop) if plan.by_panels else (0, panels)
+        common = batch if (plan.batch_b if plan.by_rows else plan.batch_a) > 1 else 0
         multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, p0, p1,
-                       plan.kept and batch == packed_of, plan, room, thread, bias, activated, activation)
-        packed_of = batch
+                       not plan.kept or common != copied, plan, room, thread, bias, activated, activation)
+        copied = common
         first += stop - start
         if first == end:
             first, end, whose = next_piece(counters, whose, threads, units, plan.most, plan.least)
 
 
 @helper
-def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, first, last, packed,
+def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, first, last, fresh,
                    plan, room, thread, bias, activated, activation):
     """Rows i0 to i1 of tiles times panels first to last, part by part of K, while this piece of C is near.
-    packed: the thread has its copy of what all pieces are multiplied by.
+    fresh: what all pieces are multiplied by is not yet copied.
     """
     batch_a, batch_b = batch if plan.batch_a > 1 else 0, batch if plan.batch_b > 1 else 0
     m, first_copied = c.shape[1], plan.first_copied
@@ -54,7 +55,7 @@ def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, fi
         copy = (batch_a * plan.parts + part) * plan.shared - first_copied                        # of tile 0
         if not plan.shared:
             copy = thread * plan.own_a - copied
-            if not (packed and plan.by_panels):
+            if fresh or not plan.by_panels:
                 pack_block(a[batch_a], packed_a, copy * plan.size_a, copied, i1, plan.rows, m, k0, depth,
                            plan.size_a, plan.transpose_a, plan.bf16)
         start_b = thread * plan.near if plan.own_b else (batch_b * plan.parts + part) * panels
@@ -64,7 +65,7 @@ def multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, fi
             if plan.own_b:
                 copied_b = max(panel, plan.first_panel)
                 copy_b = start_b + panel - copied_b
-                if not (packed and plan.by_rows):
+                if fresh or not plan.by_rows:
                     pack_panels(b, packed_b, (start_b - copied_b) * plan.size_b, batch_b, copied_b, end, n0,
                                 c.shape[2], k0, k, depth, plan.width, plan.size_b, plan.transpose_b,
                                 plan.bf16)

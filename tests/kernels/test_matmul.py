@@ -111,7 +111,7 @@ def test_same_bits_on_one_and_two_threads(dtype, one_and_two_threads, same_bits)
         same_bits(*one_and_two_threads(run), f"{m}, {k}, {n}")
 
 
-CUTS = [{"FAR": 1}, {"NEAR": 1}, {"LARGE": 1}, {"TALLEST": 20}, {"LEAST": 1}, {"MANY": 1},
+CUTS = [{"FAR": 1}, {"NEAR": 1}, {"LARGE": 1}, {"TALLEST": 20}, {"LEAST": 1}, {"MANY": 1}, {"REUSED": 1},
         {"LEAST": 1, "FAR": 1, "NEAR": 1}, {"TALLEST": 33, "LARGE": 1, "FAR": 1}]
 
 
@@ -136,7 +136,9 @@ def many_products(dtype):
         for activation in ACTIVATIONS:
             results += kernels.linear_forward(a, swapped(b), normal(n, dtype=dtype), activation)
     many, few = normal(5, 74, 40, dtype=dtype), normal(40, 96, dtype=dtype)      # and short last tiles
-    return [*results, kernels.matmul(many, few), kernels.matmul(few.T.copy(), swapped(many)),
+    batch = normal(5, 20, 40, dtype=dtype)                                       # of little A, and one B
+    return [*results, kernels.matmul(batch, normal(40, 330, dtype=dtype)), kernels.matmul(many, few),
+            kernels.matmul(few.T.copy(), swapped(many)),
             kernels.matmul(many, swapped(many)),
             symmetric_matmul(many, many, transpose_b=True)]
 

@@ -208,6 +208,15 @@ def empty_shapes(case, shape):
                 case.name, [shape] * (1 + ("backward" in case.name)))
 
 
+@pytest.mark.parametrize("columns", [7, 33, 100, 128])
+def test_a_row_of_layernorm_has_the_same_bits_alone(columns, same_bits):
+    x, gain, bias = (normal(*shape, dtype=np.float32) for shape in ((5, columns), (columns,), (columns,)))
+    y, mean, rstd = K.layernorm_forward(x, gain, bias)
+    for i in range(len(x)):
+        alone = K.layernorm_forward(x[i:i + 1].copy(), gain, bias)
+        same_bits(list(alone), [y[i:i + 1], mean[i:i + 1], rstd[i:i + 1]])
+
+
 def test_layernorm_takes_eps(close):
     x = 1e-3 * normal(5, 33)
     for eps in (1e-12, 1e-5, 1.0):
