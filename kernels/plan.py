@@ -113,8 +113,8 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     common = tall * size_a * dtype.itemsize if by_panels else panels * (bytes_b + beside)
     kept = (by_rows or by_panels) and parts == 1 and common <= NEAR
     own_b = not by_rows and batch_b == count
-    # But for a last, partial tile or panel. A step of the register tile of 64-byte vectors takes long enough
-    # to fetch what it reads from the second-level cache.
+    # Read in place, but for a last, partial tile or panel. A step of the register tile of 64-byte vectors
+    # takes long enough to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
     row_of_b = n * dtype.itemsize
