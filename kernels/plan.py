@@ -109,19 +109,18 @@ def plan_product(count: int, m: int, n: int, k: int, batch_a: int, batch_b: int,
     size_a, size_b = -(-rows * (deep + PAD) // ALIGN) * ALIGN, deep * width
     bytes_b = size_b * dtype.itemsize or 1
     beside = width * (rows + 2) * dtype.itemsize if activated else 0       # for each, in the room of a thread
-    # What all threads read, a copy of which each can keep for itself
-    common = tall * size_a * dtype.itemsize if by_panels else panels * (bytes_b + beside)
-    kept = (by_rows or by_panels) and parts == 1 and common <= NEAR
-    own_b = not by_rows and batch_b == count
+    own_b, row_of_b = not by_rows and batch_b == count, n * dtype.itemsize
     # Read in place, but for a last, partial tile or panel. A step of the register tile of 64-byte vectors
     # takes long enough to fetch what it reads from the second-level cache.
     in_place = TARGET.vector_bytes == 64 and not bf16
     rows_of_a, columns_of_a = not transpose_a and not bf16, in_place and transpose_a and n < REUSED
-    row_of_b = n * dtype.itemsize
+    first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
+    # What all threads read, the copies of which each can keep for itself
+    common = (tall - first_copied) * size_a * dtype.itemsize if by_panels else panels * (bytes_b + beside)
+    kept = (by_rows or by_panels) and parts == 1 and common <= NEAR
     near_b = m < REUSED and k * row_of_b <= LARGE if own_b else not by_panels and k * row_of_b <= NEAR
     rows_of_b = in_place and not transpose_b and near_b and row_of_b % SAME_SET > 0
     own_b = own_b or rows_of_b or (by_rows and kept)
-    first_copied = m // rows if (rows_of_a or columns_of_a) and row_of_a % SAME_SET else 0
     first_panel = n // width if rows_of_b else 0
     shared = tall - first_copied if by_panels and not kept else 0
     own_a = min(most if by_rows else tall, tall - first_copied)

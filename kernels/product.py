@@ -24,7 +24,7 @@ def multiply_pieces(a, packed_a, b, packed_b, c, k, n0, panels, plan, room, thre
     """The pieces of all products that one thread gets, in panels of columns from n0 on."""
     tall = (c.shape[1] + plan.rows - 1) // plan.rows                                     # in register tiles
     of_each = tall if plan.by_rows else panels if plan.by_panels else 1
-    units, copied = len(c) * of_each, -1                      # what is copied, of which matrix of the batch
+    units, kept_of = len(c) * of_each, -1                       # the matrix of a batch whose copy is kept
     first, end, whose = next_piece(counters, thread, threads, units, plan.most, plan.least)
     while first < end:
         batch = first // of_each
@@ -33,8 +33,8 @@ def multiply_pieces(a, packed_a, b, packed_b, c, k, n0, panels, plan, room, thre
         p0, p1 = (start, stop) if plan.by_panels else (0, panels)
         common = batch if (plan.batch_b if plan.by_rows else plan.batch_a) > 1 else 0
         multiply_piece(a, packed_a, b, packed_b, c, k, n0, panels, batch, i0, i1, p0, p1,
-                       not plan.kept or common != copied, plan, room, thread, bias, activated, activation)
-        copied = common
+                       not plan.kept or common != kept_of, plan, room, thread, bias, activated, activation)
+        kept_of = common
         first += stop - start
         if first == end:
             first, end, whose = next_piece(counters, whose, threads, units, plan.most, plan.least)
