@@ -39,6 +39,8 @@ from kernels.simd import out_of_line
 QUERIES = 64                         # in a block: whole register tiles and one of SHORT, exactly
 FEW_QUERIES = 16                     # that a block has when a text is written token by token
 SELDOM = 256                         # rows of a head, which are multiplied too seldom to pay for a copy
+BAND = 64                            # keys, in whole register tiles: what is done with their scores, one by
+                                     # one, is done while these are in the first-level cache
 AT_ONCE = 2                          # rows of scores, to load and store what belongs to their columns once
 
 
@@ -79,7 +81,7 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
     first = first_visible(visible)
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
-    deep = elements(depth, paired)
+    deep, band = elements(depth, paired), band_keys(paired)
     in_place = visible.size == 0 and read_in_place(kv, kv_row, keys, depth, padded, paired)
     flat_values, value_at, value_row = rows_of(kv, value_start, kv_row, values, in_place)
     if fresh:
@@ -102,19 +104,31 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
         for j0 in range(0, min(keys, rows + reach), block):
             diagonal = reach - j0
             count = min(block, keys - j0, rows + diagonal)
-            multiply_panels(key_rows.reshape(-1), j0 * padded, padded, queries, deep, scores, across,
-                            count, rows, tile, diagonal, paired)
-            hide(scores, count, diagonal, visible[j0:j0 + count], -math.inf)
-            if rows <= FEW_QUERIES:
-                weigh(scores, count, FEW_QUERIES, tops)
-            else:
-                weigh(scores, count, QUERIES, tops)
+            few = rows <= FEW_QUERIES
+            tops[3] = tops[0]
+            for j in range(0, count, band):
+                high = min(band, count - j)
+                multiply_panels(key_rows.reshape(-1), (j0 + j) * padded, padded, queries, deep, scores[j:],
+                                across, high, rows, tile, diagonal - j, paired)
+                hide(scores[j:], high, diagonal - j, visible[j0 + j:j0 + j + high], -math.inf)
+                if few:
+                    find_tops(scores[j:], high, FEW_QUERIES, tops[3])
+                else:
+                    find_tops(scores[j:], high, QUERIES, tops[3])
+            raise_tops(tops)
             if j0 > 0:
                 shrink(sums, rows, tops[2], paired)
-            if kept_scale != one:
-                drop(scores, count, dropout, head * time + i0, j0)
+            for j in range(0, count, band):
+                high = min(band, count - j)
+                if few:
+                    weigh(scores[j:], high, FEW_QUERIES, tops[3], tops[1])
+                else:
+                    weigh(scores[j:], high, QUERIES, tops[3], tops[1])
+                if kept_scale != one:
+                    drop(scores[j:], high, dropout, head * time + i0, j0 + j)
+                if paired is not None:
+                    pair_scores(scores[j:], high, QUERIES, pairs[j // 2 * across:])
             if paired is not None:
-                pair_scores(scores, count, QUERIES, pairs)
                 sum_over_keys(pairs, across, flat_values,
                               elements(j0, paired) * (1 if TILES else padded), value_row,
                               sums.reshape(-1), 0, sums.shape[1], padded, count, rows, tile, diagonal, paired)
@@ -133,6 +147,12 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
             else:
                 scale_row(sums, i * padded, depth, one / tops[1, i], out, to)
     stop_tiles(paired is not None)
+
+
+@helper
+def band_keys(paired):
+    """Keys of a band."""
+    return (BAND + tile_rows(paired) - 1) // tile_rows(paired) * tile_rows(paired)
 
 
 @helper
@@ -189,23 +209,33 @@ def hide(x, count, diagonal, visible, value):
 
 
 @helper
-def weigh(scores, count, queries, tops):
-    """p = exp(s - m) in place; tops carry m and Σ p of the queries, and get exp(m' - m) for the m' before."""
-    zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
-    top, total, shrinks, base = tops[0], tops[1], tops[2], tops[3]
-    for i in range(queries):
-        base[i] = top[i]
+def find_tops(scores, count, queries, top):
+    """The largest scores of the queries, those in top among them."""
     for j in range(0, count, AT_ONCE):
         a, b = scores[j], scores[j + 1]
         for i in range(queries):
             x = a[i] if a[i] > b[i] else b[i]
-            base[i] = x if x > base[i] else base[i]
-    for i in range(queries):
+            top[i] = x if x > top[i] else top[i]
+
+
+@helper
+def raise_tops(tops):
+    """tops: m and Σ p of the queries, and room; the larger m of another block. That becomes their m, and what
+    is taken from scores; and they get exp(m' - m) for the m' before.
+    """
+    zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
+    top, total, shrinks, base = tops[0], tops[1], tops[2], tops[3]
+    for i in range(QUERIES):
         before = top[i]
         top[i] = base[i]
         base[i] = base[i] if base[i] > lowest else zero    # scores of -inf alone: exp(s - 0) is 0
         shrinks[i] = exp_below(before - base[i])
         total[i] *= shrinks[i]
+
+
+@helper
+def weigh(scores, count, queries, base, total):
+    """p = exp(s - m) in place, and added to Σ p."""
     for j in range(0, count, AT_ONCE):
         a, b = scores[j], scores[j + 1]
         for i in range(queries):
@@ -267,7 +297,7 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
     zero, one = norms.dtype.type(0), norms.dtype.type(1)
     scale = norms.dtype.type(1 / math.sqrt(depth))
     first_key, last_key = keys_of(part, parts, keys, block)
-    deep = elements(depth, paired)
+    deep, band = elements(depth, paired), band_keys(paired)
     if paired is not None and TILES:
         turned[:] = 0
     else:
@@ -316,21 +346,25 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             diagonal = (i0 + keys - time if causal else keys) - j0
             n = rows + diagonal + tile_rows(paired) - 1           # whole register tiles, as they add to sums
             n = min(count, n // tile_rows(paired) * tile_rows(paired))
-            multiply_panels(key_rows.reshape(-1), 0, padded, query_panels[i0 * deep:], deep, weights, across,
-                            n, rows, tile, diagonal, paired)
-            multiply_panels(value_rows.reshape(-1), 0, padded, dout_panels[i0 * deep:], deep, dscores, across,
-                            n, rows, tile, diagonal, paired)
             norm, delta = of_queries[0, i0:i0 + QUERIES], of_queries[1, i0:i0 + QUERIES]
-            hide(weights, n, diagonal, seen[:n], -math.inf)
-            hide(dscores, n, diagonal, seen[:n], 0.0)
-            if kept_scale != one:
-                weigh_backward_dropped(weights, dscores, n, norm, delta, dropout, head * time + i0, j0)
-            else:
-                weigh_backward(weights, dscores, n, norm, delta)
+            for j in range(0, n, band):
+                high = min(band, n - j)
+                multiply_panels(key_rows.reshape(-1), j * padded, padded, query_panels[i0 * deep:], deep,
+                                weights[j:], across, high, rows, tile, diagonal - j, paired)
+                multiply_panels(value_rows.reshape(-1), j * padded, padded, dout_panels[i0 * deep:], deep,
+                                dscores[j:], across, high, rows, tile, diagonal - j, paired)
+                hide(weights[j:], high, diagonal - j, seen[j:j + high], -math.inf)
+                hide(dscores[j:], high, diagonal - j, seen[j:j + high], 0.0)
+                if kept_scale != one:
+                    weigh_backward_dropped(weights[j:], dscores[j:], high, norm, delta, dropout,
+                                           head * time + i0, j0 + j)
+                else:
+                    weigh_backward(weights[j:], dscores[j:], high, norm, delta)
+                if paired is not None:
+                    pair_scores(dscores[j:], high, QUERIES, dscore_pairs[j // 2 * across:])
+                    pair_rows(weights[j:], high, QUERIES)
+                    pair_rows(dscores[j:], high, QUERIES)
             if paired is not None:
-                pair_scores(dscores, n, QUERIES, dscore_pairs)
-                pair_rows(weights, n, QUERIES)
-                pair_rows(dscores, n, QUERIES)
                 at, row = (i0, turned.shape[1]) if TILES else (i0 * padded, padded)
                 sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, key_pairs.shape[1],
                               turned.reshape(-1) if TILES else flat_dqueries, at, row, padded, n, rows, tile,
