@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import hashlib
@@ -23,7 +24,9 @@ except ImportError:                                  # Windows: no process waits
 import numba
 import numpy as np
 from numba.core import caching
-from numba.core.codegen import get_host_cpu_features
+from numba.core.codegen import JITCodeLibrary, get_host_cpu_features
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 
 from kernels import cpu
 
@@ -74,20 +77,64 @@ def kernel(body: Callable) -> Any:
     float64, and compile each helper twice.
     """
     dispatcher: Any = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
-    dispatcher.compile = functools.partial(_without_collector, dispatcher.compile)
+    dispatcher.compile = functools.partial(_compile, body.__qualname__, dispatcher.compile)
     _cache(dispatcher)
     return dispatcher
 
 
-def _without_collector(function: Callable, *arguments: Any) -> Any:
-    """Call it with Python's garbage collector at rest: it would take a seventh of the time to compile."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return function(*arguments)
-    finally:
-        if enabled:
-            gc.enable()
+class _Part(JITCodeLibrary):
+    """A function that is compiled for a kernel, which links it and is then optimized as a whole.
+
+    numba would first make of each an executable of its own, optimized with all that it calls: of the time to
+    compile a kernel that took two thirds.
+    """
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """What runs if Python calls the function all the same: to call a closure without code as an object
+        raises TypeError.
+        """
+        self._ensure_finalized()
+        return ctypes.cast(ctypes.pythonapi.PyObject_Call, ctypes.c_void_p).value or 0
+
+    @property
+    def codegen(self) -> _Part:
+        return self
+
+    def set_env(self, name: str, environment: Any) -> None:
+        """There is no executable whose environment it could be."""
+
+
+def _compile(name: str | None, function: Callable, *arguments: Any) -> Any:
+    """Compile the kernel of a name, or for None a helper: all else that numba makes for it becomes a part.
+    Python's garbage collector rests: it would take a seventh of the time.
+    """
+    target, enabled = cpu_target.target_context, gc.isenabled()
+    with global_compiler_lock:
+        target.refresh()                             # may make executables that are not of the kernel
+        codegen = target.codegen()
+        create = codegen.create_library
+        codegen.create_library = lambda of: JITCodeLibrary(codegen, of) if of == name else _Part(codegen, of)
+        gc.disable()
+        try:
+            return function(*arguments)
+        finally:
+            codegen.create_library = create
+            if enabled:
+                gc.enable()
+
+
+def _part(body: Callable, **options: Any) -> Any:
+    """Compile what kernels call. Python cannot: TypeError; `py_func` is the function as it was written."""
+    options |= {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    dispatcher: Any = numba.njit(body, **options)
+    dispatcher.compile = functools.partial(_compile, None, dispatcher.compile)
+    return dispatcher
 
 
 def helper(body: Callable) -> Any:
@@ -95,17 +142,17 @@ def helper(body: Callable) -> Any:
 
     Always inlined: of two copies of a function the linker may take either, and they need not round alike.
     """
-    return numba.njit(body, forceinline=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
+    return _part(body, forceinline=True, fastmath=SAFE_MATH)
 
 
 def mover(body: Callable) -> Any:
     """As `helper`, for code that adds up only in the register tile, so that it need not be inlined."""
-    return numba.njit(body, forceinline=False, nogil=True, fastmath=False, error_model="numpy")
+    return _part(body, forceinline=False, fastmath=False)
 
 
 def exact(body: Callable) -> Any:
     """As `helper`, for code whose order of additions has a meaning: no re-association, only contraction."""
-    return numba.njit(body, forceinline=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+    return _part(body, forceinline=True, fastmath={"contract"})
 
 
 def set_num_threads(n: int) -> None:

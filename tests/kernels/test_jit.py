@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numba
@@ -273,6 +274,40 @@ def test_same_bits_whether_compiled_or_loaded(every_kernel_compiling, every_kern
     loaded = run([str(EVERY_KERNEL), "float32"], NUMBA_CACHE_DIR=every_kernel_cache)
     assert loaded == compiled
     assert runpy.run_path(str(EVERY_KERNEL))["hashes"](np.float32) == compiled
+
+
+def test_a_helper_is_a_part_of_what_calls_it():
+    @jit.helper
+    def twice(x):
+        return x + x
+
+    @numba.njit
+    def four_times(x):
+        return twice(twice(x))
+
+    assert four_times(2) == 8
+    with pytest.raises(TypeError):
+        twice(2)
+    assert twice.py_func(2) == 4
+
+
+def test_what_another_thread_compiles_meanwhile_is_no_part(monkeypatch):
+    monkeypatch.setattr(jit, "_cache", lambda dispatcher: None)      # so that the kernel is compiled
+
+    @jit.kernel
+    def doubled(x, tasks):
+        for i in numba.prange(tasks):
+            x[i] *= 2
+
+    arrays = [np.ones(4, dtype) for dtype in (np.float32, np.float64, np.int32, np.int64)]
+    thread = threading.Thread(target=lambda: [jit.launch(doubled, 4, x) for x in arrays])
+    thread.start()
+    results = []
+    while thread.is_alive():
+        results.append(numba.njit(lambda y: y + 1)(len(results)))
+    thread.join()
+    assert results == [i + 1 for i in range(len(results))]
+    assert all((x == 2).all() for x in arrays)
 
 
 def test_number_of_threads():
