@@ -40,7 +40,8 @@ QUERIES = 64                         # in a block: whole register tiles and one 
 FEW_QUERIES = 16                     # that a block has when a text is written token by token
 SELDOM = 256                         # rows of a head, which are multiplied too seldom to pay for a copy
 BAND = 64                            # keys, in whole register tiles: what is done with their scores, one by
-                                     # one, is done while these are in the first-level cache
+                                     # one, is done while these are in the first-level cache. Even, as rows
+                                     # and pairs are taken two at a time
 AT_ONCE = 2                          # rows of scores, to load and store what belongs to their columns once
 
 
@@ -100,34 +101,36 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
         sums[:] = 0
         tops[0] = -math.inf
         tops[1] = 0
+        if kept_scale != one:
+            low, high = halves_of_rows(dropout, head * time + i0)
+        few = rows <= FEW_QUERIES
         reach = i0 + keys - time if causal else keys                   # query i sees the keys to i + reach
         for j0 in range(0, min(keys, rows + reach), block):
             diagonal = reach - j0
             count = min(block, keys - j0, rows + diagonal)
-            few = rows <= FEW_QUERIES
             tops[3] = tops[0]
             for j in range(0, count, band):
-                high = min(band, count - j)
-                multiply_panels(key_rows.reshape(-1), (j0 + j) * padded, padded, queries, deep, scores[j:],
-                                across, high, rows, tile, diagonal - j, paired)
-                hide(scores[j:], high, diagonal - j, visible[j0 + j:j0 + j + high], -math.inf)
+                of_band, n = scores[j:], min(band, count - j)
+                multiply_panels(key_rows.reshape(-1), (j0 + j) * padded, padded, queries, deep, of_band,
+                                across, n, rows, tile, diagonal - j, paired)
+                hide(of_band, n, diagonal - j, visible[j0 + j:j0 + j + n], -math.inf)
                 if few:
-                    find_tops(scores[j:], high, FEW_QUERIES, tops[3])
+                    find_tops(of_band, n, FEW_QUERIES, tops[3])
                 else:
-                    find_tops(scores[j:], high, QUERIES, tops[3])
-            raise_tops(tops)
+                    find_tops(of_band, n, QUERIES, tops[3])
+            update_tops(tops)
             if j0 > 0:
                 shrink(sums, rows, tops[2], paired)
             for j in range(0, count, band):
-                high = min(band, count - j)
+                of_band, n = scores[j:], min(band, count - j)
                 if few:
-                    weigh(scores[j:], high, FEW_QUERIES, tops[3], tops[1])
+                    weigh(of_band, n, FEW_QUERIES, tops[3], tops[1])
                 else:
-                    weigh(scores[j:], high, QUERIES, tops[3], tops[1])
+                    weigh(of_band, n, QUERIES, tops[3], tops[1])
                 if kept_scale != one:
-                    drop(scores[j:], high, dropout, head * time + i0, j0 + j)
+                    drop(of_band, n, dropout, low, high, j0 + j)
                 if paired is not None:
-                    pair_scores(scores[j:], high, QUERIES, pairs[j // 2 * across:])
+                    pair_scores(of_band, n, QUERIES, pairs[j // 2 * across:])
             if paired is not None:
                 sum_over_keys(pairs, across, flat_values,
                               elements(j0, paired) * (1 if TILES else padded), value_row,
@@ -151,7 +154,7 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
 
 @helper
 def band_keys(paired):
-    """Keys of a band."""
+    """BAND in whole register tiles."""
     return (BAND + tile_rows(paired) - 1) // tile_rows(paired) * tile_rows(paired)
 
 
@@ -219,9 +222,9 @@ def find_tops(scores, count, queries, top):
 
 
 @helper
-def raise_tops(tops):
-    """tops: m and Σ p of the queries, and room; the larger m of another block. That becomes their m, and what
-    is taken from scores; and they get exp(m' - m) for the m' before.
+def update_tops(tops):
+    """The rows of tops: m, Σ p, exp(m' - m), and what is to be taken from scores. The last has m with what a
+    block adds, the first as yet m', the m before.
     """
     zero, lowest = tops.dtype.type(0), tops.dtype.type(-math.inf)
     top, total, shrinks, base = tops[0], tops[1], tops[2], tops[3]
@@ -347,23 +350,24 @@ def head_backward(dout, q, kv, mask, out, norms, dq, dkv, head, fresh, part, par
             n = rows + diagonal + tile_rows(paired) - 1           # whole register tiles, as they add to sums
             n = min(count, n // tile_rows(paired) * tile_rows(paired))
             norm, delta = of_queries[0, i0:i0 + QUERIES], of_queries[1, i0:i0 + QUERIES]
+            if kept_scale != one:
+                low, high = halves_of_rows(dropout, head * time + i0)
             for j in range(0, n, band):
-                high = min(band, n - j)
-                multiply_panels(key_rows.reshape(-1), j * padded, padded, query_panels[i0 * deep:], deep,
-                                weights[j:], across, high, rows, tile, diagonal - j, paired)
-                multiply_panels(value_rows.reshape(-1), j * padded, padded, dout_panels[i0 * deep:], deep,
-                                dscores[j:], across, high, rows, tile, diagonal - j, paired)
-                hide(weights[j:], high, diagonal - j, seen[j:j + high], -math.inf)
-                hide(dscores[j:], high, diagonal - j, seen[j:j + high], 0.0)
+                p, ds, of_band = weights[j:], dscores[j:], min(band, n - j)
+                multiply_panels(key_rows.reshape(-1), j * padded, padded, query_panels[i0 * deep:], deep, p,
+                                across, of_band, rows, tile, diagonal - j, paired)
+                multiply_panels(value_rows.reshape(-1), j * padded, padded, dout_panels[i0 * deep:], deep, ds,
+                                across, of_band, rows, tile, diagonal - j, paired)
+                hide(p, of_band, diagonal - j, seen[j:j + of_band], -math.inf)
+                hide(ds, of_band, diagonal - j, seen[j:j + of_band], 0.0)
                 if kept_scale != one:
-                    weigh_backward_dropped(weights[j:], dscores[j:], high, norm, delta, dropout,
-                                           head * time + i0, j0 + j)
+                    weigh_backward_dropped(p, ds, of_band, norm, delta, dropout, low, high, j0 + j)
                 else:
-                    weigh_backward(weights[j:], dscores[j:], high, norm, delta)
+                    weigh_backward(p, ds, of_band, norm, delta)
                 if paired is not None:
-                    pair_scores(dscores[j:], high, QUERIES, dscore_pairs[j // 2 * across:])
-                    pair_rows(weights[j:], high, QUERIES)
-                    pair_rows(dscores[j:], high, QUERIES)
+                    pair_scores(ds, of_band, QUERIES, dscore_pairs[j // 2 * across:])
+                    pair_rows(p, of_band, QUERIES)
+                    pair_rows(ds, of_band, QUERIES)
             if paired is not None:
                 at, row = (i0, turned.shape[1]) if TILES else (i0 * padded, padded)
                 sum_over_keys(dscore_pairs, across, key_pairs.reshape(-1), 0, key_pairs.shape[1],
@@ -431,10 +435,9 @@ def weigh_backward(weights, dscores, count, norm, delta):
 
 
 @helper
-def weigh_backward_dropped(weights, dscores, count, norm, delta, dropout, first_row, first_column):
-    """As that, with dropout of dp, and of p for the sums of dv."""
+def weigh_backward_dropped(weights, dscores, count, norm, delta, dropout, low, high, first_column):
+    """As that, with dropout of dp, and of p for the sums of dv. low, high: as `halves_of_rows` has them."""
     limit, kept_scale, _ = dropout
-    low, high = halves_of_rows(dropout, first_row)
     zero = weights.dtype.type(0)
     for j in range(count):
         scores, ds = weights[j], dscores[j]
@@ -446,11 +449,10 @@ def weigh_backward_dropped(weights, dscores, count, norm, delta, dropout, first_
 
 
 @mover
-def drop(weights, count, dropout, first_row, first_column):
-    """Dropout of the weights of so many keys."""
+def drop(weights, count, dropout, low, high, first_column):
+    """Dropout of the weights of so many keys. low, high: as `halves_of_rows` has them."""
     out_of_line()
     limit, kept_scale, _ = dropout
-    low, high = halves_of_rows(dropout, first_row)
     zero = weights.dtype.type(0)
     for j in range(count):
         row = weights[j]

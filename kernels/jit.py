@@ -77,13 +77,13 @@ def kernel(body: Callable) -> Any:
     float64, and compile each helper twice.
     """
     dispatcher: Any = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
-    dispatcher.compile = functools.partial(_compile, body.__qualname__, dispatcher.compile)
+    dispatcher.compile = functools.partial(_compile, dispatcher, body.__qualname__)
     _cache(dispatcher)
     return dispatcher
 
 
 class _Part(JITCodeLibrary):
-    """A function that is compiled for a kernel, which links it and is then optimized as a whole.
+    """The code of a function that is compiled for another, which links it and is then optimized as a whole.
 
     numba would first make of each an executable of its own, optimized with all that it calls: of the time to
     compile a kernel that took two thirds.
@@ -92,14 +92,14 @@ class _Part(JITCodeLibrary):
         pass
 
     def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:
-        """What runs if Python calls the function all the same: to call a closure without code as an object
-        raises TypeError.
+        """Of what Python runs that calls the function all the same, with numba's closure first among the
+        arguments: to call that as an object raises TypeError.
         """
-        self._ensure_finalized()
+        if not name.startswith("_ZN7cpython"):
+            raise RuntimeError(f"{self.name} is a part of what calls it; there is no function {name}")
         return ctypes.cast(ctypes.pythonapi.PyObject_Call, ctypes.c_void_p).value or 0
 
     @property
@@ -107,33 +107,40 @@ class _Part(JITCodeLibrary):
         return self
 
     def set_env(self, name: str, environment: Any) -> None:
-        """There is no executable whose environment it could be."""
+        """`_compile` does it, where the executable is."""
 
 
-def _compile(name: str | None, function: Callable, *arguments: Any) -> Any:
-    """Compile the kernel of a name, or for None a helper: all else that numba makes for it becomes a part.
+def _compile(dispatcher: Any, name: str | None, types: tuple) -> Any:
+    """Compile for arguments of these types. name: of the library that becomes an executable; None: none does.
     Python's garbage collector rests: it would take a seventh of the time.
     """
-    target, enabled = cpu_target.target_context, gc.isenabled()
+    compile_it = functools.partial(type(dispatcher).compile, dispatcher, types)
+    target = cpu_target.target_context
     with global_compiler_lock:
-        target.refresh()                             # may make executables that are not of the kernel
         codegen = target.codegen()
-        create = codegen.create_library
-        codegen.create_library = lambda of: JITCodeLibrary(codegen, of) if of == name else _Part(codegen, of)
-        gc.disable()
+        if "create_library" in vars(codegen):        # for what is being compiled
+            return compile_it()
+        target.refresh()                             # may make executables that are not of the kernel
+        enabled = gc.isenabled()
         try:
-            return function(*arguments)
+            codegen.create_library = lambda of: (JITCodeLibrary if of == name else _Part)(codegen, of)
+            gc.disable()
+            entry = compile_it()
         finally:
-            codegen.create_library = create
+            vars(codegen).pop("create_library", None)
             if enabled:
                 gc.enable()
+        if name is not None:                         # a print in a helper looks for it
+            for environment in dispatcher.overloads[types]._find_referenced_environments():
+                codegen.set_env(environment.env_name, environment)
+        return entry
 
 
 def _part(body: Callable, **options: Any) -> Any:
     """Compile what kernels call. Python cannot: TypeError; `py_func` is the function as it was written."""
     options |= {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     dispatcher: Any = numba.njit(body, **options)
-    dispatcher.compile = functools.partial(_compile, None, dispatcher.compile)
+    dispatcher.compile = functools.partial(_compile, dispatcher, None)
     return dispatcher
 
 

@@ -16,7 +16,7 @@ from kernels.simd import ROUNDS
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
-TIMES = (1, 2, 3, 31, 33, 47, 48, 49, 65, 127)
+TIMES = (1, 2, 3, 31, 33, 47, 48, 49, 65, 67, 71, 127)
 DEPTHS = (1, 5, 8, 16, 17, 32, 33, 64)
 BF16_ROUNDINGS = 4 * 2**16  # of float32: queries, keys, weights and what these multiply, in bfloat16
 

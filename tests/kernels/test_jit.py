@@ -1,4 +1,5 @@
 """The cache of compiled kernels: used by the next process, never stale, done without if need be."""
+import gc
 import json
 import os
 import runpy
@@ -291,23 +292,65 @@ def test_a_helper_is_a_part_of_what_calls_it():
     assert twice.py_func(2) == 4
 
 
-def test_what_another_thread_compiles_meanwhile_is_no_part(monkeypatch):
-    monkeypatch.setattr(jit, "_cache", lambda dispatcher: None)      # so that the kernel is compiled
+@pytest.fixture
+def uncached(monkeypatch):
+    """So that kernels made in a test are compiled each time."""
+    monkeypatch.setattr(jit, "_cache", lambda dispatcher: None)
 
-    @jit.kernel
+
+def test_what_another_thread_compiles_meanwhile_is_no_part(uncached):
     def doubled(x, tasks):
         for i in numba.prange(tasks):
             x[i] *= 2
 
-    arrays = [np.ones(4, dtype) for dtype in (np.float32, np.float64, np.int32, np.int64)]
-    thread = threading.Thread(target=lambda: [jit.launch(doubled, 4, x) for x in arrays])
-    thread.start()
+    def launch_all(arrays):
+        compiled = jit.kernel(doubled)
+        for x in arrays:
+            jit.launch(compiled, 4, x)
+
+    arrays = [[np.ones(4, dtype) for dtype in (np.float32, np.float64, np.int32, np.int64)] for _ in range(2)]
+    threads = [threading.Thread(target=launch_all, args=(xs,)) for xs in arrays]
+    for thread in threads:
+        thread.start()
     results = []
-    while thread.is_alive():
+    while any(thread.is_alive() for thread in threads):
         results.append(numba.njit(lambda y: y + 1)(len(results)))
-    thread.join()
+    for thread in threads:
+        thread.join()
     assert results == [i + 1 for i in range(len(results))]
-    assert all((x == 2).all() for x in arrays)
+    assert all((x == 2).all() for xs in arrays for x in xs)
+    assert gc.isenabled()
+
+
+def test_after_a_helper_that_cannot_be_compiled_all_is_as_it_was(uncached):
+    @jit.helper
+    def wrong(x):
+        return x.nothing
+
+    @jit.kernel
+    def failing(x, tasks):
+        for i in numba.prange(tasks):
+            x[i] = wrong(x)
+
+    with pytest.raises(numba.TypingError, match="nothing"):
+        jit.launch(failing, 1, np.ones(1))
+    assert gc.isenabled()
+    assert numba.njit(lambda y: y + 1)(1) == 2
+
+
+def test_a_helper_prints(uncached, capfd):
+    @jit.helper
+    def shown(x):
+        print("x is", x)
+        return x
+
+    @jit.kernel
+    def printing(x, tasks):
+        for i in numba.prange(tasks):
+            x[i] = shown(x[i])
+
+    jit.launch(printing, 1, np.ones(1))
+    assert capfd.readouterr().out == "x is 1.0\n"
 
 
 def test_number_of_threads():
