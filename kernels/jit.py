@@ -82,6 +82,15 @@ def kernel(body: Callable) -> Any:
     return dispatcher
 
 
+class _Whole(JITCodeLibrary):
+    """A kernel with its parts, optimized twice: that a loop reads again what it has just stored is seen only
+    when it is a loop of vectors.
+    """
+    def _optimize_final_module(self) -> None:
+        super()._optimize_final_module()
+        super()._optimize_final_module()
+
+
 class _Part(JITCodeLibrary):
     """The code of a function that is compiled for another, which links it and is then optimized as a whole.
 
@@ -123,7 +132,7 @@ def _compile(dispatcher: Any, name: str | None, types: tuple) -> Any:
         target.refresh()                             # may make executables that are not of the kernel
         enabled = gc.isenabled()
         try:
-            codegen.create_library = lambda of: (JITCodeLibrary if of == name else _Part)(codegen, of)
+            codegen.create_library = lambda of: (_Whole if of == name else _Part)(codegen, of)
             gc.disable()
             entry = compile_it()
         finally:
