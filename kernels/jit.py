@@ -104,9 +104,7 @@ class _Part(JITCodeLibrary):
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:
-        """Of what Python runs that calls the function all the same, with numba's closure first among the
-        arguments: to call that as an object raises TypeError.
-        """
+        """For Python `PyObject_Call`, which raises TypeError: what it is to call is numba's closure."""
         if not name.startswith("_ZN7cpython"):
             raise RuntimeError(f"{self.name} is a part of what calls it; there is no function {name}")
         return ctypes.cast(ctypes.pythonapi.PyObject_Call, ctypes.c_void_p).value or 0
