@@ -74,7 +74,7 @@ def kernel(body: Callable) -> Any:
     any number of threads: `prange` bodies write to disjoint places, and no scalar is reduced across a
     `prange`. Such a body only cuts out the task and calls a helper: numba's analysis of a longer one has been
     seen to lose an assignment. The index is made signed first: mixed with signed sizes numba would compute in
-    float64, and compile each helper twice.
+    float64, and compile each helper twice. What it calls is a part of it from then on: Python cannot call it.
     """
     dispatcher: Any = numba.njit(body, parallel=True, nogil=True, fastmath=SAFE_MATH, error_model="numpy")
     dispatcher.compile = functools.partial(_compile, dispatcher, body.__qualname__)
