@@ -110,27 +110,27 @@ def head_forward(q, kv, mask, out, norms, head, fresh, first_query, last_query, 
             count = min(block, keys - j0, rows + diagonal)
             tops[3] = tops[0]
             for j in range(0, count, band):
-                of_band, n = scores[j:], min(band, count - j)
-                multiply_panels(key_rows.reshape(-1), (j0 + j) * padded, padded, queries, deep, of_band,
-                                across, n, rows, tile, diagonal - j, paired)
-                hide(of_band, n, diagonal - j, visible[j0 + j:j0 + j + n], -math.inf)
+                s, of_band = scores[j:], min(band, count - j)
+                multiply_panels(key_rows.reshape(-1), (j0 + j) * padded, padded, queries, deep, s,
+                                across, of_band, rows, tile, diagonal - j, paired)
+                hide(s, of_band, diagonal - j, visible[j0 + j:j0 + j + of_band], -math.inf)
                 if few:
-                    find_tops(of_band, n, FEW_QUERIES, tops[3])
+                    find_tops(s, of_band, FEW_QUERIES, tops[3])
                 else:
-                    find_tops(of_band, n, QUERIES, tops[3])
+                    find_tops(s, of_band, QUERIES, tops[3])
             update_tops(tops)
             if j0 > 0:
                 shrink(sums, rows, tops[2], paired)
             for j in range(0, count, band):
-                of_band, n = scores[j:], min(band, count - j)
+                s, of_band = scores[j:], min(band, count - j)
                 if few:
-                    weigh(of_band, n, FEW_QUERIES, tops[3], tops[1])
+                    weigh(s, of_band, FEW_QUERIES, tops[3], tops[1])
                 else:
-                    weigh(of_band, n, QUERIES, tops[3], tops[1])
+                    weigh(s, of_band, QUERIES, tops[3], tops[1])
                 if kept_scale != one:
-                    drop(of_band, n, dropout, low, high, j0 + j)
+                    drop(s, of_band, dropout, low, high, j0 + j)
                 if paired is not None:
-                    pair_scores(of_band, n, QUERIES, pairs[j // 2 * across:])
+                    pair_scores(s, of_band, QUERIES, pairs[j // 2 * across:])
             if paired is not None:
                 sum_over_keys(pairs, across, flat_values,
                               elements(j0, paired) * (1 if TILES else padded), value_row,

@@ -119,7 +119,7 @@ class _Part(JITCodeLibrary):
 
 def _compile(dispatcher: Any, name: str | None, types: tuple) -> Any:
     """Compile for arguments of these types. name: of the library that becomes an executable; None: none does.
-    Python's garbage collector rests: it would take a seventh of the time.
+    Python's garbage collector rests: it would take a tenth of the time.
     """
     compile_it = functools.partial(type(dispatcher).compile, dispatcher, types)
     target = cpu_target.target_context
@@ -145,7 +145,7 @@ def _compile(dispatcher: Any, name: str | None, types: tuple) -> Any:
 
 def _part(body: Callable, **options: Any) -> Any:
     """Compile what kernels call. Python cannot: TypeError; `py_func` is the function as it was written."""
-    options |= {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options |= {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     dispatcher: Any = numba.njit(body, **options)
     dispatcher.compile = functools.partial(_compile, dispatcher, None)
     return dispatcher
